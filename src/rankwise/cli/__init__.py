@@ -1,0 +1,73 @@
+"""The command `rankwise`: one file a subcommand."""
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+
+COMMANDS = {
+    "search": "choose the rank of every layer from your data; writes plan.json",
+    "train": "train a stock PEFT adapter at a plan's ranks, or at one rank",
+    "run": "search, train, compare with plain LoRA, report",
+    "evaluate": "the metrics of an adapter on labelled rows",
+    "demo": "`run` on a small model and rows that packages ship, in five minutes",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point. Exits with 2 for wrong input, 1 for a diverged run, 130 when interrupted."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return
+    if argv[0] == "--version":
+        print(f"rankwise {version('rankwise')}")
+        return
+    if argv[0] not in COMMANDS:
+        _fail(f"no command {argv[0]!r}; there are {', '.join(COMMANDS)}", 2)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _quiet()
+    from rankwise.errors import DivergedError, RankwiseError
+
+    try:
+        import_module(f"rankwise.cli.{argv[0]}").main(argv[1:])
+    except RankwiseError as error:
+        _fail(str(error), 2)
+    except DivergedError as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("stopped; the same command with --resume_from_checkpoint goes on", 130)
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: rankwise COMMAND [--flags]",
+            "",
+            "LoRA ranks chosen from your data.",
+            "",
+            *lines,
+            "",
+            "rankwise COMMAND --help lists its flags. A first run on your own rows:",
+            "  rankwise run --model_name_or_path roberta-base --train_file rows.csv \\",
+            "    --text_column text --label_column label --output_dir runs/first",
+        ]
+    )
+
+
+def _quiet() -> None:
+    """transformers' load reports and notices would bury the few lines that matter here."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # of loading weights; training keeps its own
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"rankwise: {message}", file=sys.stderr)
+    raise SystemExit(code)

@@ -1,0 +1,226 @@
+"""The command line's flags, as dataclasses, and how a YAML file and flags become them."""
+
+import sys
+from argparse import ArgumentDefaultsHelpFormatter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from transformers import HfArgumentParser
+
+from rankwise.errors import RankwiseError
+from rankwise.methods import METHODS
+
+
+def _flag(default: Any, text: str, **kwargs: Any) -> Any:
+    return field(default=default, metadata={"help": text, **kwargs})
+
+
+def _flags(text: str, *default: str) -> Any:
+    return field(default_factory=lambda: list(default), metadata={"help": text})
+
+
+@dataclass
+class ModelArguments:
+    """The base model."""
+
+    _argument_group_name = "model"
+
+    model_name_or_path: str | None = _flag(None, "hub id or folder of the base model")
+    gguf_file: str | None = _flag(None, "name of a GGUF file in it, loaded as float32")
+    model_revision: str | None = _flag(None, "branch, tag or commit on the hub")
+    trust_remote_code: bool = _flag(False, "run code that the model or data set brings along")
+    attn_implementation: str | None = _flag(None, "sdpa, eager, flash_attention_2, ...")
+    dtype: str | None = _flag(None, "type of the frozen weights: float32, bfloat16, ...")
+
+
+@dataclass
+class DataArguments:
+    """A known task, or files of your own."""
+
+    _argument_group_name = "data"
+
+    task: str | None = _flag(None, "a known task: glue/rte, glue/mrpc, glue/stsb, jnlpba, ...")
+    data_dir: str | None = _flag(
+        None, "folder with train, validation and test as .jsonl, .csv or .parquet; instead of the hub"
+    )
+    train_file: str | None = _flag(None, "training rows of your own: .jsonl, .csv or .parquet")
+    validation_file: str | None = _flag(None, "rows to evaluate on; without any, a tenth of train")
+    test_file: str | None = _flag(None, "further rows to evaluate on")
+    text_column: list[str] = _flags("column of the text, or two columns of a pair of texts")
+    label_column: str | None = _flag(None, "column of the label")
+    kind: Literal["classification", "regression", "tagging", "causal_lm"] | None = _flag(
+        None, "what kind of task; without it, told from the columns"
+    )
+    max_length: int = _flag(128, "tokens; longer rows are cut")
+    max_train_samples: int | None = _flag(None, "use at most this many training rows")
+    max_eval_samples: int | None = _flag(None, "use at most this many rows of each evaluation split")
+    eval_split: Literal["auto", "validation", "test"] = _flag(
+        "auto", "rows that the figures come from; auto is test where it has labels, else validation"
+    )
+
+
+@dataclass
+class SearchArguments:
+    """How ranks are chosen."""
+
+    _argument_group_name = "search"
+
+    method: str = _flag("autolora", "one of: " + ", ".join(METHODS))
+    r: int = _flag(8, "k: the largest rank that the search may give a module")
+    lora_alpha: float | None = _flag(None, "LoRA's alpha at rank r; without it, 2 r")
+    lora_dropout: float = _flag(0.0, "dropout in front of the adapters")
+    target_modules: list[str] = _flags(
+        "modules to adapt, by name or suffix, or all-linear; without it, query and value"
+    )
+    validation_fraction: float = _flag(0.5, "share of the training rows that the gates learn on")
+    gate_learning_rate: float = _flag(1e-3, "AdamW's learning rate of the gates")
+    estimator: Literal["finite_difference", "exact", "first_order"] | None = _flag(
+        None, "of the hypergradient; without it, the method's own"
+    )
+    lookahead: float | None = _flag(
+        None, "learning rate of the look-ahead step; without it, the parameters' current one"
+    )
+    search_learning_rate: float | None = _flag(None, "of the factors; without it, learning_rate")
+    num_search_epochs: float | None = _flag(None, "passes over D_tr; without it, num_train_epochs")
+    max_search_steps: int = _flag(-1, "optimizer steps of the search; overrides num_search_epochs")
+
+
+@dataclass
+class FitArguments:
+    """Training, with transformers' names and meanings."""
+
+    _argument_group_name = "training"
+
+    learning_rate: float = _flag(1e-4, "AdamW's learning rate of factors and head")
+    num_train_epochs: float = _flag(3.0, "passes over the training rows")
+    max_steps: int = _flag(-1, "optimizer steps; overrides num_train_epochs")
+    per_device_train_batch_size: int = _flag(32, "rows per device and forward pass")
+    per_device_eval_batch_size: int = _flag(64, "rows per device in evaluation")
+    gradient_accumulation_steps: int = _flag(1, "forward passes per optimizer step")
+    weight_decay: float = _flag(0.0, "AdamW's, of factors and head")
+    lr_scheduler_type: str = _flag("linear", "linear, cosine, constant_with_warmup, ...")
+    warmup_steps: float = _flag(0.06, "steps, or below 1 the share of all steps")
+    max_grad_norm: float = _flag(1.0, "gradients are clipped to this length")
+    bf16: bool = _flag(False, "mixed precision in bfloat16")
+    gradient_checkpointing: bool = _flag(False, "compute activations again to save memory")
+    group_by_length: bool = _flag(False, "batches of rows of like length: less padding")
+    seed: int = _flag(42, "of the split, the head, the factors, the order and the dropout")
+    use_cpu: bool = _flag(False, "leave the accelerator alone")
+    logging_steps: float = _flag(50, "steps between two log lines")
+    save_steps: float = _flag(200, "steps between two checkpoints")
+    report_to: str = _flag("none", "wandb, tensorboard, ...; none")
+    training_arguments: dict | None = _flag(
+        None, 'any other field of transformers.TrainingArguments, as JSON: \'{"adam_beta2": 0.98}\''
+    )
+
+
+@dataclass
+class OutputArguments:
+    """Where results go."""
+
+    _argument_group_name = "output"
+
+    output_dir: str | None = _flag(None, "folder for the results; has to be new or empty")
+    overwrite_output_dir: bool = _flag(False, "replace the results that are in output_dir")
+    resume_from_checkpoint: bool = _flag(False, "go on with the run that stopped in output_dir")
+
+
+@dataclass
+class PlanArguments:
+    """What to train."""
+
+    _argument_group_name = "plan"
+
+    plan: str | None = _flag(None, "plan.json of a search; without it, rank r everywhere")
+
+
+@dataclass
+class ControlArguments:
+    """What to compare with."""
+
+    _argument_group_name = "controls"
+
+    control: list[str] = _flags(
+        "trained beside the plan, alike in all but ranks: uniform, random; none for no control",
+        "uniform",
+    )
+    control_r: int | None = _flag(
+        None, "rank of the uniform control; without it, the one nearest the plan's size"
+    )
+
+
+@dataclass
+class AdapterArguments:
+    """What to evaluate."""
+
+    _argument_group_name = "adapter"
+
+    adapter: str | None = _flag(None, "folder of a PEFT adapter, or of a run that holds one")
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter):
+    """Every default, but not `(default: None)`, which the help text explains better."""
+
+    def _get_help_string(self, action: Any) -> str | None:
+        if action.default in (None, []) or action.required:
+            return action.help
+        return super()._get_help_string(action)
+
+    def _format_action_invocation(self, action: Any) -> str:
+        # argparse repeats the metavar for the --flag-with-dashes that HfArgumentParser also takes
+        options = [o for o in action.option_strings if "_" in o or "-" not in o.lstrip("-")]
+        if not options:
+            return super()._format_action_invocation(action)
+        shown = action.metavar or action.dest.upper()
+        if action.choices:
+            shown = "{" + ",".join(map(str, action.choices)) + "}"
+        return ", ".join(options) + ("" if action.nargs == 0 else f" {shown}")
+
+
+def parse(
+    command: str, description: str, types: Sequence[type], argv: Sequence[str], **defaults: Any
+) -> list[Any]:
+    """Flags, over the YAML file of `--config`, over a command's own defaults, over the classes'.
+
+    Raises:
+        RankwiseError: a config file that cannot be read, or a key in it that is no flag.
+        SystemExit: by argparse, for `--help` and for flags that it does not know.
+    """
+    parser = HfArgumentParser(
+        types, prog=f"rankwise {command}", description=description, formatter_class=_HelpFormatter
+    )
+    parser.add_argument("--config", help="YAML file of flags; flags on the command line win")
+    parser.set_defaults(**defaults)
+    path = parser.parse_known_args(list(argv))[0].config
+    if path is not None:
+        known = {action.dest for action in parser._actions} - {"help", "config"}
+        parser.set_defaults(**_read_config(path, known))
+    # HfArgumentParser hands what belongs to no class back as one more namespace
+    return list(parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)[: len(types)])
+
+
+def _read_config(path: str, known: set[str]) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RankwiseError(f"cannot read --config {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise RankwiseError(f"--config {path} holds a {type(config).__name__}; it has to map flags to values")
+    if unknown := sorted(set(map(str, config)) - known):
+        raise RankwiseError(f"--config {path} has {unknown[0]!r}, which is no flag; see --help")
+    return config
+
+
+def required(value: Any, flag: str, command: str) -> Any:
+    """The value of a flag that a command cannot do without."""
+    if value is None:
+        raise RankwiseError(f"rankwise {command} needs --{flag}; see rankwise {command} --help")
+    return value
+
+
+def invocation() -> str:
+    """The command as it was typed, for the model card."""
+    return " ".join(["rankwise", *sys.argv[1:]])

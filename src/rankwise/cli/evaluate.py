@@ -1,0 +1,51 @@
+"""`rankwise evaluate`: the metrics of an adapter on disk."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rankwise.cli import stages
+from rankwise.cli.arguments import (
+    AdapterArguments,
+    DataArguments,
+    FitArguments,
+    ModelArguments,
+    parse,
+    required,
+)
+from rankwise.errors import ModelError
+
+TYPES = (AdapterArguments, ModelArguments, DataArguments, FitArguments)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Evaluate a PEFT adapter on labelled rows. Prints JSON on standard output."""
+    which, model, data, fit = parse("evaluate", main.__doc__ or "", TYPES, argv)
+    folder = _adapter_folder(Path(required(which.adapter, "adapter", "evaluate")))
+    config = _json(folder / "adapter_config.json")
+    model.model_name_or_path = model.model_name_or_path or config.get("base_model_name_or_path")
+    about = _json(folder / "task.json") if (folder / "task.json").exists() else {}
+    options: dict[str, Any] = {}
+    if about:  # the labels in the order that the adapter's head learned them
+        options = {"label_names": about["label_names"], "kind": data.kind or about["kind"]}
+        data.max_length = min(data.max_length, about["max_length"]) if data.max_length else 128
+        if data.task is None:
+            options["text_column"] = data.text_column or about["text_columns"]
+            options["label_column"] = data.label_column or about["label_column"]
+    job = stages.load_job(model, data, fit, "evaluate", **options)
+    print(json.dumps(stages.evaluate_adapter(job, folder), indent=2))
+
+
+def _adapter_folder(path: Path) -> Path:
+    for folder in (path, path / "adapter"):
+        if (folder / "adapter_config.json").is_file():
+            return folder
+    raise ModelError(f"no adapter_config.json in {path} or in {path / 'adapter'}; give an adapter's folder")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {path}: {error}") from error

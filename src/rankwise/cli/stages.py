@@ -1,0 +1,320 @@
+"""The stages that the subcommands are made of: rows, search, training and evaluation, report."""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+
+from rankwise import tasks, training
+from rankwise.cli.arguments import (
+    DataArguments,
+    FitArguments,
+    ModelArguments,
+    SearchArguments,
+    required,
+)
+from rankwise.errors import DataError, ModelError, RankwiseError
+from rankwise.files import write_json
+from rankwise.gates import find_entries
+from rankwise.methods import METHODS, AutoLoRA
+from rankwise.plan import RankPlan
+from rankwise.report import save_heatmap, write_card
+from rankwise.report.memory import Peak, peak_memory
+
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every stage needs: flags, rows and tokenizer."""
+
+    model: ModelArguments
+    data: DataArguments
+    fit: FitArguments
+    task: tasks.Task
+    tokenizer: PreTrainedTokenizerBase
+    train: Dataset | None
+    eval: Dataset
+    eval_split: str
+
+
+def load_job(
+    model: ModelArguments, data: DataArguments, fit: FitArguments, command: str, **task: Any
+) -> Job:
+    """Reads and encodes the rows; everything that can be wrong with them is found here.
+
+    Args:
+        model, data, fit: the flags.
+        command: for the message where a flag is missing.
+        **task: overrides for `tasks.load_task` (an adapter's own labels).
+    """
+    name = required(model.model_name_or_path, "model_name_or_path", command)
+    if data.max_length < 1:
+        raise DataError(f"max_length is {data.max_length}; it has to be at least 1")
+    options: dict[str, Any] = {
+        "data_dir": data.data_dir,
+        "train_file": data.train_file,
+        "validation_file": data.validation_file,
+        "test_file": data.test_file,
+        "text_column": data.text_column or None,
+        "label_column": data.label_column,
+        "kind": data.kind,
+        "max_train_samples": data.max_train_samples,
+        "max_eval_samples": data.max_eval_samples,
+        "seed": fit.seed,
+        "trust_remote_code": model.trust_remote_code,
+    }
+    loaded = tasks.load_task(data.task, **(options | task))
+    tasks.check_metrics(loaded)
+    tokenizer = tasks.load_tokenizer(
+        name,
+        gguf_file=model.gguf_file,
+        revision=model.model_revision,
+        trust_remote_code=model.trust_remote_code,
+    )
+    split, rows = _eval_rows(loaded, data.eval_split)
+    encoded = {
+        part: tasks.encode(loaded, part_rows, tokenizer, data.max_length)
+        for part, part_rows in (("train", loaded.train), ("eval", rows))
+        if part_rows is not None
+    }
+    return Job(model, data, fit, loaded, tokenizer, encoded.get("train"), encoded["eval"], split)
+
+
+def _eval_rows(task: tasks.Task, wanted: str) -> tuple[str, Dataset]:
+    splits = {"test": task.test, "validation": task.validation}
+    if wanted == "auto":
+        wanted = "test" if task.test is not None else "validation"
+    rows = splits[wanted]
+    if rows is None:
+        there = [name for name, part in splits.items() if part is not None]
+        raise DataError(f"there is no labelled {wanted} split; there is {' and '.join(there) or 'none'}")
+    return wanted, rows
+
+
+def fresh_model(job: Job) -> PreTrainedModel:
+    """The base model with a new head, the same one every time for the same seed."""
+    set_seed(job.fit.seed)
+    return tasks.load_model(
+        job.task,
+        job.model.model_name_or_path or "",
+        tokenizer=job.tokenizer,
+        gguf_file=job.model.gguf_file,
+        revision=job.model.model_revision,
+        trust_remote_code=job.model.trust_remote_code,
+        attn_implementation=job.model.attn_implementation,
+        dtype=job.model.dtype,
+    )
+
+
+def search_method(search: SearchArguments) -> AutoLoRA:
+    """The method by its name, with what the flags change of it."""
+    if search.method not in METHODS:
+        raise RankwiseError(f"--method is {search.method!r}; there are {', '.join(METHODS)}")
+    changes: dict[str, Any] = {"learning_rate": search.gate_learning_rate, "lookahead": search.lookahead}
+    if search.estimator is not None:
+        changes["estimator"] = search.estimator
+    return replace(METHODS[search.method], **changes)
+
+
+def target_modules(search: SearchArguments) -> list[str] | str | None:
+    """What `find_entries` takes: None, a list, or the one word that is not a module's name."""
+    if search.target_modules == ["all-linear"]:
+        return "all-linear"
+    return search.target_modules or None
+
+
+def training_arguments(job: Job, folder: Path, **changes: Any) -> TrainingArguments:
+    """transformers' TrainingArguments of the flags."""
+    fit = asdict(job.fit)
+    extra = fit.pop("training_arguments") or {}
+    if fit.pop("group_by_length"):
+        fit["train_sampling_strategy"] = "group_by_length"
+    common = {
+        "output_dir": str(folder),
+        "disable_tqdm": False,
+        "save_total_limit": 2,
+        "label_names": ["labels"],
+        "dataloader_pin_memory": not job.fit.use_cpu and torch.cuda.is_available(),
+    }
+    try:
+        return TrainingArguments(**(common | fit | extra | changes))
+    except (TypeError, ValueError) as error:
+        raise RankwiseError(f"TrainingArguments: {' '.join(str(error).split())}") from error
+
+
+def search_stage(job: Job, search: SearchArguments, work: Path, resume: bool) -> dict[str, Any]:
+    """Searches ranks and writes plan.json; figures only, where a resumed run has it already."""
+    figures = work / "search" / "figures.json"
+    if figures.exists():
+        return json.loads(figures.read_text())
+    folder = work / "search"
+    args = training_arguments(
+        job,
+        folder,
+        learning_rate=search.search_learning_rate or job.fit.learning_rate,
+        num_train_epochs=search.num_search_epochs or job.fit.num_train_epochs,
+        max_steps=search.max_search_steps if search.max_search_steps > 0 else job.fit.max_steps,
+    )
+    if search.num_search_epochs is not None and search.max_search_steps <= 0:
+        args.max_steps = -1
+    with _measured(args.device) as measured:
+        plan = training.search(
+            fresh_model(job),
+            train_rows(job),
+            method=search_method(search),
+            validation_fraction=search.validation_fraction,
+            r=search.r,
+            lora_alpha=search.lora_alpha,
+            lora_dropout=search.lora_dropout,
+            target_modules=target_modules(search),
+            task_type=job.task.task_type,
+            args=args,
+            resume_from_checkpoint=resume and training.last_checkpoint(folder) is not None,
+            data_collator=tasks.data_collator(job.task, job.tokenizer),
+        )
+    plan.save(work / "plan.json")
+    found = {"search_seconds": measured["seconds"], "search_peak_memory_bytes": measured["bytes"]}
+    write_json(figures, found | {"peak_memory_of": measured["of"]})
+    return json.loads(figures.read_text())
+
+
+def train_stage(
+    job: Job, plan: RankPlan, work: Path, arm: str, resume: bool, lora_dropout: float = 0.0
+) -> dict[str, Any]:
+    """Trains one arm of a comparison from scratch and evaluates it; kept in `arms/<arm>`.
+
+    Returns:
+        train_seconds, trainable_parameters, lora_parameters, ranks, eval, peak memory.
+    """
+    folder = work / "arms" / arm
+    figures = folder / "figures.json"
+    if figures.exists():
+        return json.loads(figures.read_text())
+    args = training_arguments(job, folder)
+    with _measured(args.device) as measured:
+        trainer = training.train(
+            fresh_model(job),
+            plan,
+            train_rows(job),
+            args=args,
+            task_type=job.task.task_type,
+            lora_dropout=lora_dropout,
+            resume_from_checkpoint=resume and training.last_checkpoint(folder) is not None,
+            data_collator=tasks.data_collator(job.task, job.tokenizer),
+            **_evaluation(job),
+        )
+    save_adapter(job, trainer.model, folder / "adapter")
+    ranks = list(plan.ranks.values())
+    write_json(
+        figures,
+        {
+            "train_seconds": measured["seconds"],
+            "peak_memory_bytes": measured["bytes"],
+            "peak_memory_of": measured["of"],
+            "trainable_parameters": plan.parameters + _head_parameters(trainer.model),
+            "lora_parameters": plan.parameters,
+            "mean_rank": round(sum(ranks) / len(ranks), 4),
+            "steps": trainer.state.global_step,
+            "eval": evaluate(job, trainer),
+        },
+    )
+    return json.loads(figures.read_text())
+
+
+def train_rows(job: Job) -> Dataset:
+    """The encoded training rows, which a command that trains cannot do without."""
+    if job.train is None:
+        raise DataError("there are no training rows; give --task, --data_dir or --train_file")
+    return job.train
+
+
+def evaluate(job: Job, trainer: Trainer) -> dict[str, Any]:
+    """The task's metrics on the evaluation rows, by their own names."""
+    raw = trainer.evaluate(job.eval)
+    found = {name: raw[f"eval_{name}"] for name in job.task.metrics if f"eval_{name}" in raw}
+    return {"split": job.eval_split, "rows": len(job.eval), "loss": raw["eval_loss"], **found}
+
+
+def evaluate_adapter(job: Job, adapter: Path) -> dict[str, Any]:
+    """The metrics of a PEFT adapter on disk."""
+    try:
+        model = PeftModel.from_pretrained(fresh_model(job), str(adapter))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"cannot load the adapter {adapter}: {str(error).splitlines()[0]}") from error
+    args = training_arguments(job, adapter.parent, save_strategy="no")
+    collator = tasks.data_collator(job.task, job.tokenizer)
+    return evaluate(job, Trainer(model, args, data_collator=collator, **_evaluation(job)))
+
+
+def _evaluation(job: Job) -> dict[str, Any]:
+    return {
+        "compute_metrics": tasks.compute_metrics(job.task),
+        "preprocess_logits_for_metrics": tasks.preprocess_logits(job.task),
+    }
+
+
+def save_adapter(job: Job, model: PeftModel, folder: Path) -> None:
+    """A stock PEFT adapter, with the task's description beside it for `rankwise evaluate`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = job.model.model_name_or_path
+    model.save_pretrained(str(folder))
+    about = job.task.describe() | {"max_length": job.data.max_length}
+    write_json(folder / "task.json", about)
+
+
+def write_results(
+    job: Job, work: Path, plan: RankPlan, metrics: dict[str, Any], arms: dict[str, dict[str, Any]]
+) -> None:
+    """adapter/ with its card, ranks.png and metrics.json."""
+    adapter = work / "arms" / "plan" / "adapter"
+    if adapter.exists():
+        adapter.replace(work / "adapter")
+        write_card(work / "adapter", plan, metrics, job.task, arms)
+    save_heatmap(plan, work / "ranks.png")
+    write_json(work / "metrics.json", metrics)
+
+
+def describe_run(job: Job) -> dict[str, Any]:
+    """The part of metrics.json that says what was run."""
+    fit = {k: v for k, v in asdict(job.fit).items() if k not in ("report_to", "logging_steps")}
+    return {
+        "task": job.task.describe(),
+        "model": training.model_name(str(job.model.model_name_or_path)),
+        "train_rows": 0 if job.train is None else len(job.train),
+        "max_length": job.data.max_length,
+        "training": fit,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def check_plan_possible(job: Job, search: SearchArguments) -> None:
+    """Finds wrong targets before the rows of a long search are touched."""
+    find_entries(fresh_model(job), target_modules(search), search.r)
+
+
+def _head_parameters(model: torch.nn.Module) -> int:
+    """Trainable parameters outside the LoRA factors: the task head."""
+    return sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n)
+
+
+@contextmanager
+def _measured(device: torch.device) -> Iterator[dict[str, Any]]:
+    """Seconds and peak memory of a block."""
+    found: dict[str, Any] = {}
+    peak: Peak = peak_memory(device)
+    started = time.perf_counter()
+    yield found
+    found["seconds"] = round(time.perf_counter() - started, 3)
+    found["bytes"], found["of"] = peak.read(), peak.of

@@ -1,0 +1,79 @@
+"""The output folder: work goes on beside it, and a finished run takes its name in one rename."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rankwise.errors import CheckpointError, OutputError
+from rankwise.files import replace_folder, write_json
+
+# Of a run's settings, those that do not change its result.
+_FREE = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "logging_steps"}
+
+
+def open_workspace(
+    output_dir: str, overwrite: bool, resume: bool, settings: dict[str, Any]
+) -> Path:
+    """The folder `<output_dir>.partial` in which a run works until it is finished.
+
+    Args:
+        output_dir: where the results will be.
+        overwrite: replace results that are there, and drop an unfinished run.
+        resume: go on with an unfinished run.
+        settings: the run's flags; a run is only resumed with the same ones.
+
+    Raises:
+        OutputError: results, or an unfinished run, would be overwritten, or no folder can be made.
+        CheckpointError: nothing to resume, or a run with other settings.
+    """
+    target = Path(output_dir)
+    work = target.with_name(target.name + ".partial")
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{target} is a file; give a folder as --output_dir")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise OutputError(
+            f"{target} is not empty; give another --output_dir, or --overwrite_output_dir to replace it"
+        )
+    if resume:
+        _check_settings(work, settings)
+        return work
+    if work.exists():
+        if not overwrite:
+            raise OutputError(
+                f"an unfinished run is in {work}; go on with it by --resume_from_checkpoint, or drop it "
+                "by --overwrite_output_dir"
+            )
+        shutil.rmtree(work)
+    try:
+        work.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"cannot make {work}: {error.strerror}; give another --output_dir") from error
+    write_json(work / "settings.json", settings)
+    return work
+
+
+def _check_settings(work: Path, settings: dict[str, Any]) -> None:
+    try:
+        saved = json.loads((work / "settings.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"nothing to resume in {work}; start without --resume_from_checkpoint") from error
+    for key in sorted((set(saved) | set(settings)) - _FREE):
+        if saved.get(key) != settings.get(key):
+            raise CheckpointError(
+                f"the run in {work} had --{key} {saved.get(key)}, now it is {settings.get(key)}; resume with "
+                "the old settings, or start over with --overwrite_output_dir"
+            )
+
+
+def finish(work: Path, output_dir: str) -> Path:
+    """Drops what only a resumed run would need, and renames the work folder to its public name."""
+    for scratch in ("search", "arms", "settings.json"):
+        path = work / scratch
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    target = Path(output_dir)
+    replace_folder(work, target)
+    return target

@@ -1,0 +1,426 @@
+"""Gates on the rank axis of PEFT's LoRA layers: the only file that knows PEFT's insides.
+
+A gate is the vector g in ΔW = s B diag(g) A. It is attached as a parametrization of B, so that
+every reader of `lora_B.weight` (forward, merge, DoRA's norm) sees the same gated matrix, and baked
+by folding g into B, which leaves an ordinary PEFT adapter.
+
+Ranks live at *entries* of a plan. Most entries are a whole module. A fused projection (GPT-2's
+`c_attn` computes query, key and value at once) has an entry per part: the parts' rank-1 pieces lie
+side by side on the rank axis, and a constant mask keeps a piece's B to the rows of its own part.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
+
+from rankwise.errors import ModelError, PlanError
+from rankwise.plan import Entry, RankPlan
+
+ADAPTER = "default"
+
+# Fused projections: leaf name -> names of its equal parts along the output, in order.
+FUSED = {"c_attn": ("q", "k", "v")}
+
+# PEFT's default for GPT-2 is the whole of c_attn; the paper adapts query and value.
+DEFAULT_PARTS = {"gpt2": ["c_attn.q", "c_attn.v"]}
+
+
+class Gate(nn.Module):
+    """g = activation(β) on the rank axis of one layer's B, one slice of β per plan entry.
+
+    Args:
+        names: names of the plan entries that share this layer, in rank order.
+        sizes: rank-1 pieces of each entry; they sum to the layer's r.
+        activation: β (k,) -> g (k,), applied to each entry apart.
+        initial: starting value of every element of β.
+        mask: (out, r) of 0 and 1 for a fused layer, else None.
+        device: where β lives.
+
+    β is kept in float32 whatever the type of B: its learning rate is below bf16's resolution.
+    """
+
+    def __init__(
+        self,
+        names: list[str],
+        sizes: list[int],
+        activation: Callable[[Tensor], Tensor],
+        initial: float,
+        mask: Tensor | None,
+        device: torch.device,
+    ):
+        super().__init__()
+        self.names, self.sizes, self.activation = names, sizes, activation
+        self.beta = nn.Parameter(torch.full((sum(sizes),), initial, device=device))
+        self.register_buffer("mask", mask, persistent=False)
+
+    def values(self) -> Tensor:
+        """g, length r, float32."""
+        if len(self.sizes) == 1:
+            return self.activation(self.beta)
+        return torch.cat([self.activation(part) for part in self.beta.split(self.sizes)])
+
+    def forward(self, b: Tensor) -> Tensor:
+        """B (out, r, ...) -> B diag(g)."""
+        g = self.values().to(b.dtype)
+        if self.mask is not None:
+            g = g * self.mask
+        elif b.dim() > 2:  # Conv2d: (out, r, 1, 1)
+            g = g.view(1, -1, *[1] * (b.dim() - 2))
+        return b * g
+
+
+def find_entries(
+    model: nn.Module, target_modules: list[str] | str | None, r: int
+) -> dict[str, Entry]:
+    """The plan entries of a base model, all at rank r, in the model's own order.
+
+    Args:
+        model: a transformers model without adapters.
+        target_modules: names or suffixes of module names, a regular expression, `"all-linear"`, or
+            None for PEFT's default of the model's type. A part of a fused module is named
+            `c_attn.q`; `c_attn` is the whole of it.
+        r: rank of every entry.
+
+    Raises:
+        ModelError: r < 1, a target that matches nothing, a model that has adapters already.
+    """
+    if r < 1:
+        raise ModelError(f"r is {r}; a rank has to be at least 1")
+    if any(isinstance(module, LoraLayer) for module in model.modules()):
+        raise ModelError("the model already has LoRA layers; pass the base model (model.unload())")
+    targets = _targets(model, target_modules)
+    entries: dict[str, Entry] = {}
+    used: set[str] = set()
+    for name, module in model.named_modules():
+        if (shape := _shape(module)) is None:
+            continue
+        parts = _parts(name, module)
+        for part, rows in [(None, None), *parts]:
+            full = name if part is None else f"{name}.{part}"
+            if hit := _match(full, targets):
+                used.add(hit)
+                out = shape[1] if rows is None else rows[1] - rows[0]
+                entries[full] = Entry(r, shape[0], out, module=name, rows=rows)
+    missed = [targets] if isinstance(targets, str) else [t for t in targets if t not in used]
+    if not entries or (missed and not isinstance(targets, str)):
+        raise ModelError(
+            f"target_modules {missed[0]!r} matches no module of {type(model).__name__}; "
+            f"modules that would: {_candidates(model)}"
+        )
+    for name, entry in entries.items():
+        if r > (limit := min(entry.in_features, entry.out_features)):
+            raise ModelError(f"r is {r}, but {name!r} can have no rank above {limit}; take a smaller r")
+        if entry.rows is not None and entry.module in entries:
+            raise ModelError(f"{entry.module!r} is targeted whole and in parts; choose one of the two")
+    return entries
+
+
+def build(model: nn.Module, plan: RankPlan, **lora: Any) -> PeftModel:
+    """`get_peft_model` with the plan's LoraConfig, checked, and fused modules kept to their parts.
+
+    For plans without fused modules it is the same as
+    `get_peft_model(model, plan.lora_config(...))` followed by `plan.check(...)`. For a fused module
+    it moreover lets each rank-1 piece reach the rows of its own part only: B starts at zero there,
+    and a hook on its gradient keeps it there, in any trainer that calls `backward()`.
+
+    Args:
+        model: base model.
+        plan: made for this model.
+        **lora: passed on to LoraConfig (`task_type`, `lora_dropout`, ...).
+
+    Raises:
+        PlanError: the plan is for another model; the message names the first entry that differs.
+    """
+    check_fits(model, plan)
+    peft_model = get_peft_model(model, plan.lora_config(**lora))
+    plan.check(peft_model)
+    for name, entries in _by_module(plan).items():
+        weight = _b_weight(_layers(peft_model)[name])
+        if (mask := _mask(entries, weight)) is not None:
+            weight.register_hook(lambda grad, mask=mask: grad * mask.to(grad))
+    return peft_model
+
+
+def check_fits(model: nn.Module, plan: RankPlan) -> None:
+    """Raises PlanError, naming the entry, where the plan is not one for this base model."""
+    modules = dict(model.named_modules())
+    for name, entry in plan.modules.items():
+        if entry.module not in modules or (shape := _shape(modules[entry.module])) is None:
+            raise PlanError(
+                f"plan entry {name!r} names no module of {type(model).__name__} that takes LoRA; "
+                f"the plan is for another model, or was edited wrongly"
+            )
+        rows = entry.rows or (0, shape[1])
+        if entry.in_features != shape[0] or not 0 <= rows[0] < rows[1] <= shape[1]:
+            raise PlanError(
+                f"plan entry {name!r} is {entry.out_features} x {entry.in_features}, but the module "
+                f"is {shape[1]} x {shape[0]}; the plan is for another model"
+            )
+        if entry.rows is None and entry.out_features != shape[1]:
+            raise PlanError(
+                f"plan entry {name!r} has {entry.out_features} outputs, but the module has "
+                f"{shape[1]}; the plan is for another model"
+            )
+
+
+def attach(
+    model: PeftModel,
+    plan: RankPlan,
+    activation: Callable[[Tensor], Tensor],
+    initial: float = 0.0,
+) -> dict[str, Gate]:
+    """Puts a gate on every adapted layer; forward, merge and every other reader of B see it.
+
+    While gates are attached, state-dict keys read `...parametrizations.weight.original`: bake
+    before any public save.
+
+    Args:
+        model: PEFT model at the plan's ranks (see `build`).
+        plan: says which entries share a layer, and their sizes.
+        activation: β (k,) -> g (k,).
+        initial: starting value of β.
+
+    Returns:
+        The gates by module name, in the plan's order.
+    """
+    layers = _layers(model)
+    gates = {}
+    for name, entries in _by_module(plan).items():
+        sizes = [e.r for e in entries.values()]
+        weight = _b_weight(layers[name])
+        mask = _mask(entries, weight)
+        gate = Gate(list(entries), sizes, activation, initial, mask, weight.device)
+        parametrize.register_parametrization(*_b_slot(layers[name]), gate)
+        gates[name] = gate
+    return gates
+
+
+def values(gates: Mapping[str, Gate]) -> dict[str, list[float]]:
+    """g by plan entry, as plain floats."""
+    found: dict[str, list[float]] = {}
+    for gate in gates.values():
+        for name, part in zip(gate.names, gate.values().detach().cpu().split(gate.sizes), strict=True):
+            found[name] = part.tolist()
+    return found
+
+
+@torch.no_grad()
+def bake(model: PeftModel, keep: Mapping[str, list[int]] | None = None) -> None:
+    """Folds every gate into its B and removes it; with `keep`, prunes the rank axis as well.
+
+    The model computes the same function as before where everything is kept, and is an ordinary
+    PEFT model afterwards. The scaling of a pruned layer is unchanged: `r` and `lora_alpha` shrink
+    together, in the layer and in the model's LoraConfig, so that the saved adapter says the same.
+
+    Args:
+        model: PEFT model with gates attached.
+        keep: by plan entry, which rank-1 pieces stay, 0-based, in the order given; at least one for
+            each layer. None keeps all.
+
+    Raises:
+        PlanError: a layer would be left without a piece, or a piece does not exist.
+    """
+    pieces = {}  # all checked before anything moves
+    for name, layer in _layers(model).items():
+        if (gate := _gate(layer)) is not None and keep is not None:
+            pieces[name] = _kept(name, gate, keep)
+    config = model.peft_config[ADAPTER]
+    for name, layer in _layers(model).items():
+        if _gate(layer) is None:
+            continue
+        parametrize.remove_parametrizations(*_b_slot(layer), leave_parametrized=True)
+        if name in pieces:
+            _shrink(layer, pieces[name])
+            # first hit wins in PEFT, so a pruned layer's own pattern goes before what was there
+            key = f"^{re.escape(name)}"
+            r, alpha = layer.r[ADAPTER], layer.lora_alpha[ADAPTER]
+            config.rank_pattern = {key: r} | {k: v for k, v in config.rank_pattern.items() if k != key}
+            config.alpha_pattern = {key: alpha} | {
+                k: v for k, v in config.alpha_pattern.items() if k != key
+            }
+
+
+def realised(model: PeftModel, adapter_name: str = ADAPTER) -> dict[str, tuple[int, float]]:
+    """(r, scaling) of every adapted layer of a built PEFT model, by base module name."""
+    return {
+        name: (layer.r[adapter_name], layer.scaling[adapter_name])
+        for name, layer in _layers(model, adapter_name).items()
+    }
+
+
+@contextmanager
+def adapted(model: nn.Module, plan: RankPlan, **lora: Any) -> Iterator[PeftModel]:
+    """`build` for the duration of a block; the base model is as before afterwards.
+
+    PEFT's own `unload` leaves the trained task head in place and everything frozen: the original
+    head and the `requires_grad` flags are put back.
+    """
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    training = model.training
+    peft_model = build(model, plan, **lora)
+    heads = {
+        name.removeprefix("base_model.model."): module.original_module
+        for name, module in peft_model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
+    try:
+        yield peft_model
+    finally:
+        peft_model.unload()
+        for name, head in heads.items():
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, head)
+        for name, p in model.named_parameters():
+            p.requires_grad_(flags[name])
+        model.train(training)
+
+
+def _layers(model: PeftModel, adapter_name: str = ADAPTER) -> dict[str, LoraLayer]:
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and adapter_name in module.r
+    }
+
+
+def _b_slot(layer: LoraLayer) -> tuple[nn.Module, str]:
+    """The module that owns B and the name under which it does."""
+    if ADAPTER in layer.lora_embedding_B:
+        return layer.lora_embedding_B, ADAPTER
+    return layer.lora_B[ADAPTER], "weight"
+
+
+def _b_weight(layer: LoraLayer) -> Tensor:
+    owner, name = _b_slot(layer)
+    return owner[name] if isinstance(owner, nn.ParameterDict) else getattr(owner, name)
+
+
+def _gate(layer: LoraLayer) -> Gate | None:
+    owner, name = _b_slot(layer)
+    if not parametrize.is_parametrized(owner, name):
+        return None
+    return owner.parametrizations[name][0]
+
+
+def _kept(name: str, gate: Gate, keep: Mapping[str, list[int]]) -> list[int]:
+    """Indices on the layer's rank axis of the pieces that stay, over all entries of the layer."""
+    kept, offset = [], 0
+    for entry, size in zip(gate.names, gate.sizes, strict=True):
+        for j in keep.get(entry, []):
+            if not 0 <= j < size:
+                raise PlanError(f"{entry!r} has pieces 0 to {size - 1}; piece {j} cannot be kept")
+            kept.append(offset + j)
+        offset += size
+    if not kept:
+        raise PlanError(f"{name!r} would keep no piece; keep at least one, or leave the module out")
+    return kept
+
+
+def _shrink(layer: LoraLayer, kept: list[int]) -> None:
+    """Keeps these rank-1 pieces of a layer, at an unchanged scaling."""
+    if ADAPTER in layer.lora_embedding_B:
+        a, b = layer.lora_embedding_A, layer.lora_embedding_B
+        a[ADAPTER] = nn.Parameter(a[ADAPTER][kept].clone(), a[ADAPTER].requires_grad)
+        b[ADAPTER] = nn.Parameter(b[ADAPTER][:, kept].clone(), b[ADAPTER].requires_grad)
+    else:
+        a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+        a.weight = nn.Parameter(a.weight[kept].clone(), a.weight.requires_grad)
+        b.weight = nn.Parameter(b.weight[:, kept].clone(), b.weight.requires_grad)
+        for module, side in ((a, "out"), (b, "in")):
+            kind = "channels" if isinstance(module, nn.Conv2d) else "features"
+            setattr(module, f"{side}_{kind}", len(kept))
+    alpha = layer.scaling[ADAPTER] * len(kept)
+    layer.r[ADAPTER] = len(kept)
+    layer.lora_alpha[ADAPTER] = int(alpha) if float(alpha).is_integer() else alpha
+
+
+def _by_module(plan: RankPlan) -> dict[str, dict[str, Entry]]:
+    """Entries with rank > 0, grouped by the module they share."""
+    grouped: dict[str, dict[str, Entry]] = {}
+    for name, entry in plan.modules.items():
+        if entry.r > 0:
+            grouped.setdefault(entry.module, {})[name] = entry
+    return grouped
+
+
+def _mask(entries: Mapping[str, Entry], weight: Tensor) -> Tensor | None:
+    """0 and 1 like B (out, r): each entry's pieces reach its rows only; None if all are whole."""
+    if all(entry.rows is None for entry in entries.values()):
+        return None
+    mask = torch.zeros_like(weight, requires_grad=False)
+    column = 0
+    for entry in entries.values():
+        start, stop = entry.rows or (0, weight.shape[0])
+        mask[start:stop, column : column + entry.r] = 1
+        column += entry.r
+    return mask
+
+
+def _shape(module: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of the matrix that LoRA updates, counted as PEFT's A and B are; None if not one."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    if isinstance(module, nn.Conv2d) and module.groups == 1:
+        return module.in_channels * module.kernel_size[0] * module.kernel_size[1], module.out_channels
+    return None
+
+
+def _parts(name: str, module: nn.Module) -> list[tuple[str, tuple[int, int]]]:
+    """Names and rows of a fused projection's parts; empty for any other module."""
+    parts = FUSED.get(name.rpartition(".")[2], ())
+    if not parts or not isinstance(module, Conv1D) or module.nf != len(parts) * module.nx:
+        return []
+    size = module.nx
+    return [(part, (i * size, (i + 1) * size)) for i, part in enumerate(parts)]
+
+
+def _targets(model: nn.Module, target_modules: list[str] | str | None) -> list[str] | str:
+    if target_modules is None:
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        found = DEFAULT_PARTS.get(kind) or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
+        if found is None:
+            raise ModelError(
+                f"no default target_modules for a model of type {kind!r}; name them, for example from: "
+                f"{_candidates(model)}"
+            )
+        return found
+    if target_modules == "all-linear":
+        config = LoraConfig(target_modules="all-linear")
+        return sorted(_maybe_include_all_linear_layers(config, model).target_modules)
+    if not target_modules:
+        raise ModelError(f"target_modules is empty; name some of: {_candidates(model)}")
+    return target_modules if isinstance(target_modules, str) else list(target_modules)
+
+
+def _match(name: str, targets: list[str] | str) -> str | None:
+    """The target that names this module, by PEFT's rules: a whole regex, or a dotted suffix."""
+    if isinstance(targets, str):
+        return targets if re.fullmatch(targets, name) else None
+    return next((t for t in targets if name == t or name.endswith(f".{t}")), None)
+
+
+def _candidates(model: nn.Module) -> str:
+    """`query (6), value (6), ...`: what target_modules could have named, commonest first."""
+    leaves: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if _shape(module) is not None and not isinstance(module, nn.Embedding):
+            leaf = name.rpartition(".")[2]
+            leaves[leaf] += 1
+            leaves.update(f"{leaf}.{part}" for part, _ in _parts(name, module))
+    return ", ".join(f"{leaf} ({count})" for leaf, count in leaves.most_common())

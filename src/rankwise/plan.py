@@ -1,0 +1,374 @@
+"""RankPlan: which module gets which rank. Budget arithmetic, LoraConfig, JSON.
+
+Needs no model to be loaded, edited, counted or saved; only `check` and `uniform` look at one.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from math import gcd
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peft import LoraConfig
+
+from rankwise.errors import PlanError
+from rankwise.files import write_text
+
+FORMAT = "rankwise-plan/1"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The rank of one module, or of one part of a fused module, and what it costs.
+
+    Attributes:
+        r: rank, >= 0; 0 leaves the module without an adapter.
+        in_features: columns of the update matrix ΔW (out x in).
+        out_features: rows of ΔW that this entry covers.
+        module: exact name of the module in the base model.
+        rows: for a part of a fused projection, the rows [start, stop) of ΔW that it covers (GPT-2's
+            `c_attn` holds query, key and value); None where the entry covers the whole module.
+        gate: the learned gate values, length k, for information; None for a plan made by hand.
+    """
+
+    r: int
+    in_features: int
+    out_features: int
+    module: str
+    rows: tuple[int, int] | None = None
+    gate: tuple[float, ...] | None = None
+
+    @property
+    def cost(self) -> int:
+        """Parameters of one rank-1 piece: in_features + out_features."""
+        return self.in_features + self.out_features
+
+    @property
+    def parameters(self) -> int:
+        """Parameters at this entry's rank."""
+        return self.r * self.cost
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """Module name -> rank: the deliverable of every search, and all that retraining needs.
+
+    Attributes:
+        modules: entries by name. The name is that of the module in the base model, followed by the
+            part's name for a part of a fused module (`transformer.h.0.attn.c_attn.q`).
+        r_max: k, the largest rank that the search could have chosen.
+        scaling: LoRA's factor in front of B A, lora_alpha / r, the same for every module: a module
+            of another rank keeps its scale because `alpha_pattern` follows `rank_pattern`.
+        provenance: where the plan comes from: method, model, data fingerprint, seeds, versions.
+
+    Example:
+        >>> plan = RankPlan.load("runs/mrpc/plan.json")
+        >>> model = get_peft_model(base, plan.lora_config(task_type="SEQ_CLS"))
+        >>> plan.check(model)
+    """
+
+    modules: dict[str, Entry]
+    r_max: int
+    scaling: float = 2.0
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank by entry name."""
+        return {name: entry.r for name, entry in self.modules.items()}
+
+    @property
+    def parameters(self) -> int:
+        """Trainable LoRA parameters of the whole plan, task head not counted."""
+        return sum(entry.parameters for entry in self.modules.values())
+
+    def with_ranks(self, ranks: Mapping[str, int], **provenance: Any) -> "RankPlan":
+        """The same modules at other ranks; the gate values are dropped, they explain other ranks.
+
+        Args:
+            ranks: one rank >= 0 per entry name.
+            **provenance: replaces the provenance.
+
+        Raises:
+            PlanError: a name that the plan lacks, or one that `ranks` lacks.
+        """
+        if set(ranks) != set(self.modules):
+            odd = sorted(set(ranks) ^ set(self.modules))[0]
+            raise PlanError(f"ranks and plan differ in the entry {odd!r}; give one rank per entry")
+        modules = {n: replace(e, r=int(ranks[n]), gate=None) for n, e in self.modules.items()}
+        plan = replace(self, modules=modules, provenance=provenance)
+        _validate(plan)
+        return plan
+
+    @classmethod
+    def uniform(
+        cls,
+        like: Any,
+        r: int,
+        *,
+        target_modules: list[str] | str | None = None,
+        lora_alpha: float | None = None,
+    ) -> "RankPlan":
+        """The plan that gives every module the same rank: the control every claim needs.
+
+        Args:
+            like: a RankPlan, whose modules and scaling are taken, or a transformers model.
+            r: the rank, >= 1.
+            target_modules: for a model, what to adapt; None is PEFT's default for its type, query
+                and value for most.
+            lora_alpha: for a model, LoRA's alpha at this rank; None is 2 r.
+
+        Raises:
+            PlanError: r < 1, or `target_modules` given together with a plan.
+            ModelError: no module of the model matches.
+
+        Example:
+            >>> RankPlan.uniform(plan, r=4).parameters
+            36864
+        """
+        if r < 1:
+            raise PlanError(f"r is {r}; a uniform plan needs a rank of at least 1")
+        if isinstance(like, RankPlan):
+            if target_modules is not None or lora_alpha is not None:
+                raise PlanError(
+                    "target_modules and lora_alpha come from the plan given as `like`; leave them out"
+                )
+            return like.with_ranks(dict.fromkeys(like.modules, r), method="uniform", r=r)
+        from rankwise.gates import find_entries
+
+        entries = find_entries(like, target_modules, r)
+        scaling = 2.0 if lora_alpha is None else lora_alpha / r
+        return cls(entries, r_max=r, scaling=scaling, provenance={"method": "uniform", "r": r})
+
+    @classmethod
+    def random(cls, like: "RankPlan", seed: int) -> "RankPlan":
+        """A plan drawn uniformly from all plans of the same modules and the same parameter count.
+
+        Ranks run from 1 (0 for an entry that `like` leaves at 0) to `like.r_max`. The second
+        control: a learned plan that does not beat random ones has learned nothing about ranks.
+
+        Args:
+            like: the plan whose modules, budget and largest rank are taken.
+            seed: of numpy's generator.
+
+        Example:
+            >>> RankPlan.random(like=plan, seed=0).parameters == plan.parameters
+            True
+        """
+        names = [name for name, entry in like.modules.items() if entry.r > 0]
+        ranks = dict.fromkeys(like.modules, 0)
+        costs = [like.modules[name].cost for name in names]
+        r_max = max(like.r_max, *like.ranks.values())  # a plan edited by hand may exceed its k
+        drawn = _random_ranks(costs, like.parameters, r_max, np.random.default_rng(seed))
+        ranks.update(zip(names, drawn, strict=True))
+        source = like.provenance.get("method")
+        return like.with_ranks(ranks, method="random", seed=seed, like=source)
+
+    def lora_config(self, **kwargs: Any) -> LoraConfig:
+        """The stock `peft.LoraConfig` of this plan.
+
+        The commonest rank becomes `r`; `rank_pattern` and `alpha_pattern` name the other modules
+        exactly. Parts of a fused module add up to one rank of that module.
+
+        Args:
+            **kwargs: anything else that LoraConfig takes (`task_type`, `lora_dropout`, ...), but
+                not what the plan decides: `r`, `lora_alpha`, the patterns, `target_modules`.
+
+        Raises:
+            PlanError: a kwarg that the plan decides, or a plan with no rank above 0.
+
+        Example:
+            >>> model = get_peft_model(base, plan.lora_config(task_type="SEQ_CLS"))
+        """
+        decided = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules"}
+        if clash := sorted(decided & set(kwargs)) + [k for k in ("use_rslora",) if kwargs.get(k)]:
+            raise PlanError(f"{clash[0]} is decided by the plan; leave it out of lora_config()")
+        ranks = self.module_ranks()
+        if not ranks:
+            raise PlanError("every rank of the plan is 0; at least one module needs rank >= 1")
+        common = Counter(ranks.values()).most_common(1)[0][0]
+        others = {_exact(name): r for name, r in ranks.items() if r != common}
+        return LoraConfig(
+            r=common,
+            lora_alpha=_tidy(self.scaling * common),
+            target_modules=list(ranks),
+            rank_pattern=others,
+            alpha_pattern={name: _tidy(self.scaling * r) for name, r in others.items()},
+            **kwargs,
+        )
+
+    def module_ranks(self) -> dict[str, int]:
+        """Rank by module as PEFT sees it: parts of a fused module added up, rank 0 left out."""
+        ranks: Counter[str] = Counter()
+        for entry in self.modules.values():
+            ranks[entry.module] += entry.r
+        return {name: r for name, r in ranks.items() if r > 0}
+
+    def check(self, model: Any, adapter_name: str = "default") -> None:
+        """Asserts that a PEFT model realises this plan: each module's rank and scaling.
+
+        PEFT matches patterns as regular expressions and silently ignores one that matches nothing,
+        so a built model is looked at rather than trusted.
+
+        Raises:
+            PlanError: a module that lacks an adapter, has one it should not have, or has another
+                rank or scaling than the plan says.
+        """
+        from rankwise.gates import realised
+
+        found = realised(model, adapter_name)
+        for name, r in self.module_ranks().items():
+            if name not in found:
+                raise PlanError(f"the plan gives {name!r} rank {r}, but the model has no adapter there")
+            r_found, scaling = found[name]
+            if r_found != r or abs(scaling - self.scaling) > 1e-9 * self.scaling:
+                raise PlanError(
+                    f"{name!r} has rank {r_found} and scaling {scaling:g} in the model; "
+                    f"the plan says {r} and {self.scaling:g}"
+                )
+        if extra := sorted(set(found) - set(self.module_ranks())):
+            raise PlanError(f"the model has an adapter at {extra[0]!r}, which the plan lacks")
+
+    def save(self, path: str | Path) -> None:
+        """Writes the plan as JSON, one line per module, through a temporary name."""
+        write_text(Path(path), self.to_json())
+
+    def to_json(self) -> str:
+        """The plan as JSON text, one line per module so that it can be read and edited by hand."""
+        lines = []
+        for name, entry in self.modules.items():
+            value: dict[str, Any] = {"r": entry.r, "in": entry.in_features, "out": entry.out_features}
+            if entry.rows is not None:
+                value |= {"module": entry.module, "rows": list(entry.rows)}
+            if entry.gate is not None:
+                value["gate"] = [round(g, 6) for g in entry.gate]
+            lines.append(f"    {json.dumps(name)}: {json.dumps(value)}")
+        provenance = json.dumps(self.provenance, indent=2, sort_keys=True).replace("\n", "\n  ")
+        body = ",\n".join(lines)
+        return (
+            f'{{\n  "format": "{FORMAT}",\n  "r_max": {self.r_max},\n'
+            f'  "scaling": {json.dumps(self.scaling)},\n  "modules": {{\n{body}\n  }},\n'
+            f'  "provenance": {provenance}\n}}\n'
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> "RankPlan":
+        """Reads and validates a plan written by `save`, possibly edited by hand since.
+
+        Raises:
+            PlanError: no such file, not JSON, or an entry out of range; the message names it.
+        """
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"cannot read the plan {str(path)!r}: {error}") from error
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> "RankPlan":
+        """The inverse of `to_json`. Raises PlanError with the entry's name."""
+        try:
+            raw = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"not JSON: {error}") from error
+        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+            found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
+            raise PlanError(f'"format" is {found!r}; a plan has "format": "{FORMAT}"')
+        if unknown := sorted(set(raw) - {"format", "r_max", "scaling", "modules", "provenance"}):
+            raise PlanError(f"unknown key {unknown[0]!r}")
+        modules = raw.get("modules")
+        if not isinstance(modules, dict):
+            raise PlanError('"modules" is missing or not an object')
+        plan = cls(
+            modules={name: _entry(name, value) for name, value in modules.items()},
+            r_max=raw.get("r_max", 0),
+            scaling=raw.get("scaling", 0),
+            provenance=raw.get("provenance") or {},
+        )
+        _validate(plan)
+        return plan
+
+
+def _entry(name: str, value: Any) -> Entry:
+    if not isinstance(value, dict):
+        raise PlanError(f'entry {name!r} is {value!r}; it has to be an object with "r", "in", "out"')
+    if unknown := sorted(set(value) - {"r", "in", "out", "module", "rows", "gate"}):
+        raise PlanError(f"entry {name!r} has the unknown key {unknown[0]!r}")
+    for key, least in (("r", 0), ("in", 1), ("out", 1)):
+        number = value.get(key)
+        if not isinstance(number, int) or isinstance(number, bool) or number < least:
+            raise PlanError(f'entry {name!r}: "{key}" is {number!r}; it has to be an integer >= {least}')
+    rows, gate = value.get("rows"), value.get("gate")
+    if rows is not None and (
+        not isinstance(rows, list) or len(rows) != 2 or rows[1] - rows[0] != value["out"]
+    ):
+        raise PlanError(f'entry {name!r}: "rows" is {rows!r}; it has to be [start, start + out]')
+    return Entry(
+        r=value["r"],
+        in_features=value["in"],
+        out_features=value["out"],
+        module=value.get("module", name),
+        rows=None if rows is None else (rows[0], rows[1]),
+        gate=None if gate is None else tuple(float(g) for g in gate),
+    )
+
+
+def _validate(plan: RankPlan) -> None:
+    if not plan.modules:
+        raise PlanError("the plan has no modules")
+    if not isinstance(plan.r_max, int) or plan.r_max < 1:
+        raise PlanError(f'"r_max" is {plan.r_max!r}; it has to be an integer >= 1')
+    if not isinstance(plan.scaling, int | float) or not 0 < plan.scaling < float("inf"):
+        raise PlanError(f'"scaling" is {plan.scaling!r}; it has to be a number > 0')
+    for name, entry in plan.modules.items():
+        if entry.r < 0:
+            raise PlanError(f'entry {name!r}: "r" is {entry.r}; it has to be an integer >= 0')
+        limit = min(entry.in_features, entry.out_features)
+        if entry.r > limit:
+            raise PlanError(
+                f'entry {name!r}: "r" is {entry.r}, more than its matrix of {entry.out_features} x '
+                f"{entry.in_features} can have; the most is {limit}"
+            )
+
+
+def _exact(name: str) -> str:
+    """PEFT reads pattern keys as regular expressions, `(.*\\.)?(key)$`: match this name alone."""
+    return f"^{re.escape(name)}"
+
+
+def _tidy(number: float) -> int | float:
+    """8.0 as 8: PEFT types lora_alpha as an int, though it takes both."""
+    return int(number) if float(number).is_integer() else number
+
+
+def _random_ranks(costs: list[int], budget: int, r_max: int, rng: np.random.Generator) -> list[int]:
+    """Ranks in [1, r_max], Σ rank x cost = budget, uniform over all such lists.
+
+    ways[i][b] is the number of ways to spend b on the modules from i on; each rank is then drawn in
+    proportion to the ways that are left after it. Rows are rescaled: only ratios within one count.
+    """
+    unit = reduce(gcd, costs)
+    steps = [cost // unit for cost in costs]
+    total = budget // unit
+    ways = [np.zeros(total + 1) for _ in range(len(steps) + 1)]
+    ways[-1][0] = 1.0
+    for i in range(len(steps) - 1, -1, -1):
+        for r in range(1, r_max + 1):
+            spent = r * steps[i]
+            if spent <= total:
+                ways[i][spent:] += ways[i + 1][: total + 1 - spent]
+        ways[i] /= max(ways[i].max(), 1e-300)
+    ranks = []
+    for i, step in enumerate(steps):
+        weights = np.array(
+            [ways[i + 1][total - r * step] if r * step <= total else 0.0 for r in range(1, r_max + 1)]
+        )
+        ranks.append(int(rng.choice(r_max, p=weights / weights.sum())) + 1)
+        total -= ranks[-1] * step
+    return ranks

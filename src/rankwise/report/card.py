@@ -1,0 +1,82 @@
+"""The model card of an adapter: what it is, its ranks, its figures and those of the controls."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rankwise.files import write_text
+from rankwise.plan import RankPlan
+from rankwise.report.heatmap import grid
+from rankwise.tasks import Task
+
+
+def write_card(
+    folder: Path,
+    plan: RankPlan,
+    metrics: dict[str, Any],
+    task: Task,
+    arms: dict[str, dict[str, Any]],
+) -> None:
+    """Writes README.md into an adapter's folder, in place of PEFT's empty one.
+
+    Args:
+        folder: of the adapter.
+        plan: its ranks.
+        metrics: of metrics.json: the training settings and the evaluation.
+        task: what it was trained for.
+        arms: figures by arm, controls included.
+    """
+    model = metrics["model"]
+    # A hub id alone may stand in a card's header; the hub refuses a folder's name there.
+    saved = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    base = [] if Path(saved).exists() else [f"base_model: {saved}"]
+    header = ["---", *base, "library_name: peft", "tags:", "- lora", "- rankwise", "---", ""]
+    training = metrics["training"]
+    body = [
+        f"# LoRA adapter for {model} on {task.name}",
+        "",
+        "A stock PEFT adapter: load it with `PeftModel.from_pretrained(base, folder)`. Its ranks differ",
+        f"by layer ({plan.parameters:,} LoRA parameters) and were chosen by "
+        f"{_method(plan)} with rankwise.",
+        "",
+        "## Ranks",
+        "",
+        *_rank_table(plan),
+        "",
+        f"## Figures on {metrics['eval']['rows']} {metrics['eval']['split']} rows, one seed",
+        "",
+        *_figures(task, arms),
+        "",
+        "## Training",
+        "",
+        f"AdamW, learning rate {training['learning_rate']:g}, {metrics['steps']} steps of "
+        f"{training['per_device_train_batch_size'] * training['gradient_accumulation_steps']} rows per "
+        f"device, seed {training['seed']}, scaling {plan.scaling:g} (lora_alpha / r) in every layer.",
+        "",
+    ]
+    write_text(folder / "README.md", "\n".join(header + body))
+
+
+def _method(plan: RankPlan) -> str:
+    method = plan.provenance.get("method", "hand")
+    return f"AutoLoRA ({method['gate']} gate)" if isinstance(method, dict) else str(method)
+
+
+def _rank_table(plan: RankPlan) -> list[str]:
+    layers, matrices, ranks = grid(plan)
+    lines = ["| layer | " + " | ".join(matrices) + " |", "| --- |" + " ---: |" * len(matrices)]
+    for i, layer in enumerate(layers):
+        cells = ["" if row[i] is None else str(row[i]) for row in ranks]
+        lines.append(f"| {layer} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _figures(task: Task, arms: dict[str, dict[str, Any]]) -> list[str]:
+    lines = [
+        "| ranks | " + " | ".join(task.metrics) + " | trainable parameters |",
+        "| --- |" + " ---: |" * (len(task.metrics) + 1),
+    ]
+    for name, figures in arms.items():
+        cells = [f"{figures['eval'][m]:.4f}" if m in figures["eval"] else "" for m in task.metrics]
+        lines.append(f"| {name} | {' | '.join(cells)} | {figures['trainable_parameters']:,} |")
+    return lines

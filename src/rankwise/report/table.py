@@ -1,0 +1,62 @@
+"""The table of a run and the sentence under it."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rankwise.tasks import Task
+
+
+def print_table(arms: dict[str, dict[str, Any]], task: Task, console: Console | None = None) -> None:
+    """Prints one row per arm: metrics, parameters, seconds, peak memory.
+
+    Args:
+        arms: figures by the arm's name, as `metrics.json` holds them.
+        task: names the metrics.
+        console: standard output where None.
+    """
+    console = console or Console()
+    first = next(iter(arms.values()))["eval"]
+    rows = f"{first['rows']:,} {first['split']} rows"
+    table = Table(title=f"{task.name}: {rows}, one seed", title_justify="left")
+    table.add_column("ranks")
+    metrics = [name for name in task.metrics if name in first]
+    for header in (*metrics, "trainable", "of it LoRA", "search s", "train s", "peak GiB"):
+        table.add_column(header, justify="right", overflow="fold")
+    for name, figures in arms.items():
+        peak = max(figures["peak_memory_bytes"], figures.get("search_peak_memory_bytes", 0))
+        table.add_row(
+            name,
+            *(f"{figures['eval'][metric]:.4f}" for metric in metrics),
+            f"{figures['trainable_parameters']:,}",
+            f"{figures['lora_parameters']:,}",
+            f"{figures.get('search_seconds', 0.0):.0f}",
+            f"{figures['train_seconds']:.0f}",
+            f"{peak / 2**30:.2f}",
+        )
+    console.print(table)
+
+
+def verdict(arms: dict[str, dict[str, Any]], task: Task) -> str:
+    """Whether choosing ranks helped, in a sentence that does not flatter.
+
+    Args:
+        arms: the searched plan's figures first, then the controls'.
+        task: says which metric, and in which direction it counts.
+    """
+    (_, ours), *controls = arms.items()
+    metric = task.main_metric
+    if not controls:
+        return f"No control was trained: this says nothing about whether choosing ranks helped {metric}."
+    sign = 1 if task.greater_is_better else -1
+    lines = []
+    for name, figures in controls:
+        gain = sign * (ours["eval"][metric] - figures["eval"][metric])
+        if gain <= 0:
+            how = "as well" if gain == 0 else f"better by {-gain:.4f}"
+            lines.append(f"{name} did {how} in {metric}: choosing ranks did not help here.")
+        else:
+            lines.append(f"The searched ranks beat {name} by {gain:.4f} in {metric}.")
+    spread = "One seed is one draw: repeat with other --seed values before believing a difference."
+    return "\n".join([*lines, spread])
