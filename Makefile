@@ -1,0 +1,58 @@
+# Every target sets up what it needs in .venv by itself. Another Python: make test PYTHON=python3.12
+PYTHON ?= python3
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+setup: $(STAMP) ## install everything into .venv (the other targets do so by themselves)
+
+demo: $(STAMP) ## choose ranks for a small model on a small data set, into runs/demo
+	HF_HUB_OFFLINE=1 $(BIN)/rankwise demo --output_dir runs/demo --overwrite_output_dir $(DEMO_ARGS)
+
+test: $(STAMP) ## run the tests (the quick ones only: make test PYTEST_ARGS="-m 'not slow'")
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP) ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## put imports and code into the format that lint asks for
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## measure what a step costs
+	$(BIN)/python benchmarks/step_cost.py $(BENCH_ARGS)
+
+clean: ## remove .venv, caches and build products (runs/ stays)
+	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last, so an install that was cut short is started over. torch goes first and
+# with its dependencies: which ones it needs (CUDA's, say) depends on the build that pip takes. The
+# rest goes without, because the lock leaves out some on purpose. Only seqeval has no wheel.
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "error: the pinned packages need Python 3.11 or newer; name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "error: $(PYTHON) has no venv module (on Debian or Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@echo "Installing the pinned packages into $(VENV): a few minutes the first time ..."
+	@if [ -e $(VENV)/.unfinished ]; then rm -rf $(VENV); fi
+	@mkdir -p $(VENV) && touch $(VENV)/.unfinished && rm -f $(STAMP)
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP_INSTALL) -c requirements.lock torch setuptools setuptools-scm
+	@$(PIP_INSTALL) --no-deps --no-build-isolation --only-binary :all: --no-binary seqeval \
+	  -r requirements.lock
+	@$(PIP_INSTALL) --no-deps --no-build-isolation -e .
+	@mv $(VENV)/.unfinished $(STAMP)
