@@ -1,0 +1,109 @@
+"""Tiny random models of each family, and batches for them. No weights, no downloads."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedModel,
+    RobertaConfig,
+)
+
+VOCABULARY, LENGTH = 60, 9
+
+
+@dataclass(frozen=True)
+class Family:
+    name: str
+    config: Any
+    auto: Any
+    entries: tuple[str, ...]
+    """Endings of the entries that the default targets give, once per layer."""
+
+    def model(self, seed: int = 0) -> PreTrainedModel:
+        torch.manual_seed(seed)
+        return self.auto.from_config(self.config)
+
+
+def _sized(kind: Any, **more: Any) -> Any:
+    return kind(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        pad_token_id=0,
+        max_position_embeddings=32,
+        **more,
+    )
+
+
+def _gpt2(**more: Any) -> GPT2Config:
+    return GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=32,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+        **more,
+    )
+
+
+def _llama(**more: Any) -> LlamaConfig:
+    return _sized(LlamaConfig, num_key_value_heads=1, bos_token_id=1, eos_token_id=1, **more)
+
+
+BERT, GPT2, LLAMA = ("query", "value"), ("c_attn.q", "c_attn.v"), ("q_proj", "v_proj")
+SEQ, TAG, LM = (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoModelForCausalLM,
+)
+FAMILIES = [
+    Family("bert-classification", _sized(BertConfig, num_labels=3), SEQ, BERT),
+    Family("bert-tagging", _sized(BertConfig, num_labels=3), TAG, BERT),
+    Family("roberta-classification", _sized(RobertaConfig, num_labels=3), SEQ, BERT),
+    Family("gpt2-classification", _gpt2(num_labels=3), SEQ, GPT2),
+    Family("gpt2-lm", _gpt2(), LM, GPT2),
+    Family("llama-classification", _llama(num_labels=3), SEQ, LLAMA),
+    Family("llama-lm", _llama(), LM, LLAMA),
+]
+
+
+def family(name: str) -> Family:
+    return next(f for f in FAMILIES if f.name == name)
+
+
+def rows(of: Family, count: int = 24, seed: int = 0) -> Dataset:
+    """Rows that can be learned: the label follows from the tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(2, VOCABULARY, (count, LENGTH), generator=generator)
+    if of.auto is SEQ:
+        labels = tokens[:, 1] % 3
+    elif of.auto is TAG:
+        labels = tokens % 3
+    else:
+        labels = tokens
+    return Dataset.from_dict(
+        {
+            "input_ids": tokens.tolist(),
+            "attention_mask": torch.ones_like(tokens).tolist(),
+            "labels": labels.tolist(),
+        }
+    )
+
+
+def batch(of: Family, count: int = 5, seed: int = 1) -> dict[str, torch.Tensor]:
+    """Inputs without labels."""
+    table = rows(of, count, seed).with_format("torch")
+    return {name: table[name][:] for name in ("input_ids", "attention_mask")}

@@ -1,0 +1,38 @@
+"""A process in which rankwise cannot be imported: loads adapters with plain PEFT, writes logits.
+
+Reads one JSON object a line: {"auto", "base", "adapter", "inputs", "out"}; `inputs` is a safetensors
+file; `out` becomes one with "logits" and "merged". Answers each with one line.
+"""
+
+import json
+import sys
+
+sys.modules["rankwise"] = None  # type: ignore[assignment]  # import rankwise now raises ImportError
+
+import torch
+import transformers
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+
+def main() -> None:
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer(request)
+            print("done", flush=True)
+        except Exception as error:
+            print(f"{type(error).__name__}: {error}".replace("\n", " "), flush=True)
+
+
+@torch.no_grad()
+def answer(request: dict) -> None:
+    base = getattr(transformers, request["auto"]).from_pretrained(request["base"])
+    model = PeftModel.from_pretrained(base, request["adapter"]).eval()
+    inputs = load_file(request["inputs"])
+    logits = model(**inputs).logits.contiguous()
+    merged = model.merge_and_unload()(**inputs).logits.contiguous()
+    save_file({"logits": logits, "merged": merged}, request["out"])
+
+
+main()
