@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-3, 3e-3)
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,17 @@ GRID = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--model", required=True, help="hub id or folder of the base model")
     parser.add_argument("--only", nargs="*", default=list(GRID), choices=list(GRID))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--work_dir", type=Path, default=Path("runs/autolora"))
-    parser.add_argument("--tune", action="store_true", help="sweep the rate of uniform LoRA instead")
+    parser.add_argument(
+        "--tune", action="store_true", help="sweep the rate of uniform LoRA instead"
+    )
     args = parser.parse_args()
     for name in args.only:
         if args.tune:
@@ -76,11 +80,14 @@ def tune(name: str, rate: float, args: argparse.Namespace) -> None:
     flags = [
         *("--train_file", str(args.data_dir / name / "train.jsonl"), "--r", "4", "--seed", "0"),
         *("--learning_rate", str(rate), "--num_train_epochs", "1"),
+        *("--max_eval_samples", "1000"),
     ]
     run("train", GRID[name], flags, RESULTS / "tune" / f"{name}-lr{rate:g}", args)
 
 
-def run(command: str, recipe: Recipe, flags: list[str], target: Path, args: argparse.Namespace) -> None:
+def run(
+    command: str, recipe: Recipe, flags: list[str], target: Path, args: argparse.Namespace
+) -> None:
     """Runs `rankwise COMMAND` unless its result is there, and keeps metrics.json and plan.json."""
     metrics = target.with_name(target.name + ".json")
     if metrics.exists():
@@ -89,7 +96,17 @@ def run(command: str, recipe: Recipe, flags: list[str], target: Path, args: argp
     resume = ["--resume_from_checkpoint"] if work.with_name(work.name + ".partial").exists() else []
     common = ["--model_name_or_path", args.model, "--task", recipe.task, "--output_dir", str(work)]
     fixed = ["--per_device_train_batch_size", "16", "--group_by_length", "--logging_steps", "100"]
-    line = [sys.executable, "-m", "rankwise", command, *common, *fixed, *flags, *recipe.flags, *resume]
+    line = [
+        sys.executable,
+        "-m",
+        "rankwise",
+        command,
+        *common,
+        *fixed,
+        *flags,
+        *recipe.flags,
+        *resume,
+    ]
     print(" ".join(line), flush=True)
     subprocess.run(line, check=True)
     metrics.parent.mkdir(parents=True, exist_ok=True)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, Family, batch, family, rows
 from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments, default_data_collator
 
+from families import FAMILIES, Family, batch, family, rows
 from rankwise import METHODS, gates
 from rankwise.plan import RankPlan
 from rankwise.training import SearchTrainer, _task_type
@@ -112,7 +112,9 @@ def test_baked_adapter_computes_the_gated_function_in_plain_peft(
     model.save_pretrained(tmp_path / "adapter")
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert not [name for name in saved if "parametrizations" in name or "beta" in name]
-    found = plain_peft(of.auto.__name__, tmp_path / "base", tmp_path / "adapter", batch(of), tmp_path)
+    found = plain_peft(
+        of.auto.__name__, tmp_path / "base", tmp_path / "adapter", batch(of), tmp_path
+    )
     torch.testing.assert_close(found["logits"], expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found["merged"], expected, rtol=1e-4, atol=1e-5)
     assert base is model.get_base_model()
@@ -138,7 +140,9 @@ def test_pruned_adapter_computes_the_function_without_the_pruned_pieces(
     pruned = plan.with_ranks({name: len(pieces) for name, pieces in keep.items()})
     pruned.check(model)
     model.save_pretrained(tmp_path / "adapter")
-    found = plain_peft(of.auto.__name__, tmp_path / "base", tmp_path / "adapter", batch(of), tmp_path)
+    found = plain_peft(
+        of.auto.__name__, tmp_path / "base", tmp_path / "adapter", batch(of), tmp_path
+    )
     torch.testing.assert_close(found["logits"], expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found["merged"], expected, rtol=1e-4, atol=1e-5)
 
@@ -153,9 +157,7 @@ def test_merging_a_gated_model_keeps_its_function(of, method_name, tmp_path):
     """The gate is part of what merge reads, so even an unbaked merge is right."""
     model, _, _, _ = searched(of, method_name, tmp_path)
     expected = logits(model, of)
-    torch.testing.assert_close(
-        logits(model.merge_and_unload(), of), expected, rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(logits(model.merge_and_unload(), of), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gpt2-classification", "gpt2-lm"])

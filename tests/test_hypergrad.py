@@ -40,7 +40,11 @@ def mlp_problem(seed: int = 0):
     """A gated two-layer network with tanh: no derivative of any order vanishes. float64."""
     g = torch.Generator().manual_seed(seed)
     rand = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
-    a, b, head = rand(4, 6).requires_grad_(), rand(7, 4).requires_grad_(), rand(3, 7).requires_grad_()
+    a, b, head = (
+        rand(4, 6).requires_grad_(),
+        rand(7, 4).requires_grad_(),
+        rand(3, 7).requires_grad_(),
+    )
     beta = rand(4).requires_grad_()
     sets = [(rand(16, 6), torch.randint(0, 3, (16,), generator=g)) for _ in range(2)]
 
@@ -102,7 +106,14 @@ def test_finite_difference_converges_at_its_order(two_sided, order):
     errors = []
     for radius in (1e-2, 1e-3):
         found = hypergradient(
-            "finite_difference", theta, [beta], [train], [val], 0.5, radius=radius, two_sided=two_sided
+            "finite_difference",
+            theta,
+            [beta],
+            [train],
+            [val],
+            0.5,
+            radius=radius,
+            two_sided=two_sided,
         )[0]
         errors.append(float((found - exact).norm()))
     assert errors[0] / errors[1] == pytest.approx(10.0**order, rel=0.2)

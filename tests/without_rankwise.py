@@ -1,7 +1,7 @@
 """A process in which rankwise cannot be imported: loads adapters with plain PEFT, writes logits.
 
-Reads one JSON object a line: {"auto", "base", "adapter", "inputs", "out"}; `inputs` is a safetensors
-file; `out` becomes one with "logits" and "merged". Answers each with one line.
+Reads one JSON object a line: {"auto", "base", "adapter", "inputs", "out"}; `inputs` is a
+safetensors file; `out` becomes one with "logits" and "merged". Answers each with one line.
 """
 
 import json
@@ -9,10 +9,10 @@ import sys
 
 sys.modules["rankwise"] = None  # type: ignore[assignment]  # import rankwise now raises ImportError
 
-import torch
-import transformers
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from peft import PeftModel  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def replace_folder(finished: Path, target: Path) -> None:
-    """Renames a finished folder to its public name; a folder that was there goes only after that."""
+    """Renames a finished folder to its public name; one that was there goes only after that."""
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

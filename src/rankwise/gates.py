@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -61,6 +61,7 @@ class Gate(nn.Module):
         device: torch.device,
     ):
         super().__init__()
+        self.mask: Tensor | None
         self.names, self.sizes, self.activation = names, sizes, activation
         self.beta = nn.Parameter(torch.full((sum(sizes),), initial, device=device))
         self.register_buffer("mask", mask, persistent=False)
@@ -121,9 +122,13 @@ def find_entries(
         )
     for name, entry in entries.items():
         if r > (limit := min(entry.in_features, entry.out_features)):
-            raise ModelError(f"r is {r}, but {name!r} can have no rank above {limit}; take a smaller r")
+            raise ModelError(
+                f"r is {r}, but {name!r} can have no rank above {limit}; take a smaller r"
+            )
         if entry.rows is not None and entry.module in entries:
-            raise ModelError(f"{entry.module!r} is targeted whole and in parts; choose one of the two")
+            raise ModelError(
+                f"{entry.module!r} is targeted whole and in parts; choose one of the two"
+            )
     return entries
 
 
@@ -165,8 +170,8 @@ def check_fits(model: nn.Module, plan: RankPlan) -> None:
         rows = entry.rows or (0, shape[1])
         if entry.in_features != shape[0] or not 0 <= rows[0] < rows[1] <= shape[1]:
             raise PlanError(
-                f"plan entry {name!r} is {entry.out_features} x {entry.in_features}, but the module "
-                f"is {shape[1]} x {shape[0]}; the plan is for another model"
+                f"plan entry {name!r} is {entry.out_features} x {entry.in_features}, but the "
+                f"module is {shape[1]} x {shape[0]}; the plan is for another model"
             )
         if entry.rows is None and entry.out_features != shape[1]:
             raise PlanError(
@@ -211,7 +216,9 @@ def values(gates: Mapping[str, Gate]) -> dict[str, list[float]]:
     """g by plan entry, as plain floats."""
     found: dict[str, list[float]] = {}
     for gate in gates.values():
-        for name, part in zip(gate.names, gate.values().detach().cpu().split(gate.sizes), strict=True):
+        for name, part in zip(
+            gate.names, gate.values().detach().cpu().split(gate.sizes), strict=True
+        ):
             found[name] = part.tolist()
     return found
 
@@ -246,7 +253,9 @@ def bake(model: PeftModel, keep: Mapping[str, list[int]] | None = None) -> None:
             # first hit wins in PEFT, so a pruned layer's own pattern goes before what was there
             key = f"^{re.escape(name)}"
             r, alpha = layer.r[ADAPTER], layer.lora_alpha[ADAPTER]
-            config.rank_pattern = {key: r} | {k: v for k, v in config.rank_pattern.items() if k != key}
+            config.rank_pattern = {key: r} | {
+                k: v for k, v in config.rank_pattern.items() if k != key
+            }
             config.alpha_pattern = {key: alpha} | {
                 k: v for k, v in config.alpha_pattern.items() if k != key
             }
@@ -311,7 +320,7 @@ def _gate(layer: LoraLayer) -> Gate | None:
     owner, name = _b_slot(layer)
     if not parametrize.is_parametrized(owner, name):
         return None
-    return owner.parametrizations[name][0]
+    return cast(Any, owner.parametrizations)[name][0]
 
 
 def _kept(name: str, gate: Gate, keep: Mapping[str, list[int]]) -> list[int]:
@@ -377,7 +386,9 @@ def _shape(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
     if isinstance(module, nn.Conv2d) and module.groups == 1:
-        return module.in_channels * module.kernel_size[0] * module.kernel_size[1], module.out_channels
+        return module.in_channels * module.kernel_size[0] * module.kernel_size[
+            1
+        ], module.out_channels
     return None
 
 
@@ -393,11 +404,12 @@ def _parts(name: str, module: nn.Module) -> list[tuple[str, tuple[int, int]]]:
 def _targets(model: nn.Module, target_modules: list[str] | str | None) -> list[str] | str:
     if target_modules is None:
         kind = getattr(getattr(model, "config", None), "model_type", None)
-        found = DEFAULT_PARTS.get(kind) or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
+        defaults = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | DEFAULT_PARTS
+        found = defaults.get(str(kind))
         if found is None:
             raise ModelError(
-                f"no default target_modules for a model of type {kind!r}; name them, for example from: "
-                f"{_candidates(model)}"
+                f"no default target_modules for a model of type {kind!r}; name them, for example "
+                f"from: {_candidates(model)}"
             )
         return found
     if target_modules == "all-linear":

@@ -167,9 +167,7 @@ def _gradient(losses: Sequence[Loss], inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 @contextmanager
-def _moved(
-    tensors: Sequence[Tensor], direction: Sequence[Tensor], step: float
-) -> Iterator[None]:
+def _moved(tensors: Sequence[Tensor], direction: Sequence[Tensor], step: float) -> Iterator[None]:
     """Tensors moved by step x direction for the duration of the block.
 
     Restored from a copy rather than by moving back, which would leave a rounding error each time.

@@ -136,7 +136,7 @@ class RankPlan:
         if isinstance(like, RankPlan):
             if target_modules is not None or lora_alpha is not None:
                 raise PlanError(
-                    "target_modules and lora_alpha come from the plan given as `like`; leave them out"
+                    "target_modules and lora_alpha come from the plan in `like`; leave them out"
                 )
             return like.with_ranks(dict.fromkeys(like.modules, r), method="uniform", r=r)
         from rankwise.gates import find_entries
@@ -224,7 +224,9 @@ class RankPlan:
         found = realised(model, adapter_name)
         for name, r in self.module_ranks().items():
             if name not in found:
-                raise PlanError(f"the plan gives {name!r} rank {r}, but the model has no adapter there")
+                raise PlanError(
+                    f"the plan gives {name!r} rank {r}, but the model has no adapter there"
+                )
             r_found, scaling = found[name]
             if r_found != r or abs(scaling - self.scaling) > 1e-9 * self.scaling:
                 raise PlanError(
@@ -242,7 +244,11 @@ class RankPlan:
         """The plan as JSON text, one line per module so that it can be read and edited by hand."""
         lines = []
         for name, entry in self.modules.items():
-            value: dict[str, Any] = {"r": entry.r, "in": entry.in_features, "out": entry.out_features}
+            value: dict[str, Any] = {
+                "r": entry.r,
+                "in": entry.in_features,
+                "out": entry.out_features,
+            }
             if entry.rows is not None:
                 value |= {"module": entry.module, "rows": list(entry.rows)}
             if entry.gate is not None:
@@ -297,13 +303,17 @@ class RankPlan:
 
 def _entry(name: str, value: Any) -> Entry:
     if not isinstance(value, dict):
-        raise PlanError(f'entry {name!r} is {value!r}; it has to be an object with "r", "in", "out"')
+        raise PlanError(
+            f'entry {name!r} is {value!r}; it has to be an object with "r", "in", "out"'
+        )
     if unknown := sorted(set(value) - {"r", "in", "out", "module", "rows", "gate"}):
         raise PlanError(f"entry {name!r} has the unknown key {unknown[0]!r}")
     for key, least in (("r", 0), ("in", 1), ("out", 1)):
         number = value.get(key)
         if not isinstance(number, int) or isinstance(number, bool) or number < least:
-            raise PlanError(f'entry {name!r}: "{key}" is {number!r}; it has to be an integer >= {least}')
+            raise PlanError(
+                f'entry {name!r}: "{key}" is {number!r}; it has to be an integer >= {least}'
+            )
     rows, gate = value.get("rows"), value.get("gate")
     if rows is not None and (
         not isinstance(rows, list) or len(rows) != 2 or rows[1] - rows[0] != value["out"]
@@ -367,7 +377,10 @@ def _random_ranks(costs: list[int], budget: int, r_max: int, rng: np.random.Gene
     ranks = []
     for i, step in enumerate(steps):
         weights = np.array(
-            [ways[i + 1][total - r * step] if r * step <= total else 0.0 for r in range(1, r_max + 1)]
+            [
+                ways[i + 1][total - r * step] if r * step <= total else 0.0
+                for r in range(1, r_max + 1)
+            ]
         )
         ranks.append(int(rng.choice(r_max, p=weights / weights.sum())) + 1)
         total -= ranks[-1] * step

@@ -176,7 +176,7 @@ class FiniteTrainer(Trainer):
             if parameter.requires_grad and not torch.isfinite(parameter).all():
                 raise DivergedError(
                     f"{name} is not finite after step {self.state.global_step}; the last good "
-                    f"checkpoint is {last_checkpoint(self.args.output_dir)}. Lower the learning rate"
+                    f"checkpoint: {last_checkpoint(self.args.output_dir)}. Lower the learning rate"
                 )
         super()._save_checkpoint(model, trial)
 
@@ -218,9 +218,7 @@ class SearchTrainer(FiniteTrainer):
         self.gated, self.method, self.provenance = gated, method, provenance
         self.betas = [gate.beta for gate in gated.values()]
         meta = {id(beta) for beta in self.betas}
-        self.parameters = [
-            p for p in model.parameters() if p.requires_grad and id(p) not in meta
-        ]
+        self.parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in meta]
         if isinstance(validation_dataset, Dataset):
             validation_dataset = self._remove_unused_columns(validation_dataset)
         self.validation_dataset = validation_dataset
@@ -418,7 +416,9 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     found = []
     for path in Path(folder).glob("checkpoint-*"):
         try:  # Trainer writes trainer_state.json last
-            found.append((json.loads((path / "trainer_state.json").read_text())["global_step"], path))
+            found.append(
+                (json.loads((path / "trainer_state.json").read_text())["global_step"], path)
+            )
         except (OSError, ValueError, KeyError):
             continue
     return max(found)[1] if found else None
@@ -448,7 +448,9 @@ def find_checkpoint(
     else:
         path = Path(resume_from_checkpoint)
         if not (path / "trainer_state.json").is_file():
-            raise CheckpointError(f"{path} is not a complete checkpoint: no trainer_state.json in it")
+            raise CheckpointError(
+                f"{path} is not a complete checkpoint: no trainer_state.json in it"
+            )
     if configuration is not None:
         try:
             saved = json.loads((path / "search.json").read_text())
@@ -478,8 +480,8 @@ class TwoSets:
 def _two_sets(train: Any, validation: Any, fraction: float, seed: int) -> TwoSets:
     if not hasattr(train, "__len__") or not hasattr(train, "__getitem__"):
         raise DataError(
-            f"train_dataset is a {type(train).__name__}, which has no length or index; load it whole "
-            "(streaming=False) so that it can be split"
+            f"train_dataset is a {type(train).__name__}, which has no length or index; load it "
+            "whole (streaming=False) so that it can be split"
         )
     if len(train) == 0:
         raise DataError("train_dataset has no rows")
@@ -494,8 +496,8 @@ def _two_sets(train: Any, validation: Any, fraction: float, seed: int) -> TwoSet
     if cut == 0 or cut == len(train):
         empty = "training" if cut == 0 else "validation"
         raise DataError(
-            f"the {empty} split would be empty: {len(train)} rows at validation_fraction {fraction}; "
-            "give more rows or another fraction"
+            f"the {empty} split would be empty: {len(train)} rows at validation_fraction "
+            f"{fraction}; give  more rows or another fraction"
         )
     return TwoSets(_select(train, order[:cut]), _select(train, order[cut:]))
 
@@ -526,13 +528,19 @@ def _default_args(scratch: str) -> TrainingArguments:
 def _search_args(args: TrainingArguments, method: AutoLoRA) -> TrainingArguments:
     """The user's arguments, with what a two-level search needs; refused where it cannot work."""
     if args.fp16:
-        raise RankwiseError("fp16 scales losses, which a hypergradient cannot see; use bf16 or float32")
+        raise RankwiseError(
+            "fp16 scales losses, which a hypergradient cannot see; use bf16 or float32"
+        )
     if args.n_gpu > 1:
-        raise RankwiseError(f"{args.n_gpu} GPUs in one process; start with `accelerate launch` instead")
+        raise RankwiseError(
+            f"{args.n_gpu} GPUs in one process; start with `accelerate launch` instead"
+        )
     if args.fsdp or args.deepspeed:
         raise RankwiseError("a search shards no parameters; run it without fsdp and deepspeed")
     if args.torch_compile and method.estimator == "exact":
-        raise RankwiseError("torch.compile has no double backward; use finite_difference or no compile")
+        raise RankwiseError(
+            "torch.compile has no double backward; use finite_difference or no compile"
+        )
     changes: dict[str, Any] = {"eval_strategy": "no", "load_best_model_at_end": False}
     if args.gradient_checkpointing:
         # reentrant checkpointing refuses autograd.grad

@@ -44,7 +44,8 @@ class DataArguments:
 
     task: str | None = _flag(None, "a known task: glue/rte, glue/mrpc, glue/stsb, jnlpba, ...")
     data_dir: str | None = _flag(
-        None, "folder with train, validation and test as .jsonl, .csv or .parquet; instead of the hub"
+        None,
+        "folder with train, validation and test as .jsonl, .csv or .parquet; instead of the hub",
     )
     train_file: str | None = _flag(None, "training rows of your own: .jsonl, .csv or .parquet")
     validation_file: str | None = _flag(None, "rows to evaluate on; without any, a tenth of train")
@@ -56,7 +57,9 @@ class DataArguments:
     )
     max_length: int = _flag(128, "tokens; longer rows are cut")
     max_train_samples: int | None = _flag(None, "use at most this many training rows")
-    max_eval_samples: int | None = _flag(None, "use at most this many rows of each evaluation split")
+    max_eval_samples: int | None = _flag(
+        None, "use at most this many rows of each evaluation split"
+    )
     eval_split: Literal["auto", "validation", "test"] = _flag(
         "auto", "rows that the figures come from; auto is test where it has labels, else validation"
     )
@@ -113,7 +116,7 @@ class FitArguments:
     save_steps: float = _flag(200, "steps between two checkpoints")
     report_to: str = _flag("none", "wandb, tensorboard, ...; none")
     training_arguments: dict | None = _flag(
-        None, 'any other field of transformers.TrainingArguments, as JSON: \'{"adam_beta2": 0.98}\''
+        None, "any other field of transformers.TrainingArguments, as JSON: '{\"adam_beta2\": 0.98}'"
     )
 
 
@@ -199,16 +202,22 @@ def parse(
         known = {action.dest for action in parser._actions} - {"help", "config"}
         parser.set_defaults(**_read_config(path, known))
     # HfArgumentParser hands what belongs to no class back as one more namespace
-    return list(parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)[: len(types)])
+    return list(
+        parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)[: len(types)]
+    )
 
 
 def _read_config(path: str, known: set[str]) -> dict[str, Any]:
     try:
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RankwiseError(f"cannot read --config {path}: {' '.join(str(error).split())}") from error
+        raise RankwiseError(
+            f"cannot read --config {path}: {' '.join(str(error).split())}"
+        ) from error
     if not isinstance(config, dict):
-        raise RankwiseError(f"--config {path} holds a {type(config).__name__}; it has to map flags to values")
+        raise RankwiseError(
+            f"--config {path} holds a {type(config).__name__}; it has to map flags to values"
+        )
     if unknown := sorted(set(map(str, config)) - known):
         raise RankwiseError(f"--config {path} has {unknown[0]!r}, which is no flag; see --help")
     return config

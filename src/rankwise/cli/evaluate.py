@@ -41,7 +41,9 @@ def _adapter_folder(path: Path) -> Path:
     for folder in (path, path / "adapter"):
         if (folder / "adapter_config.json").is_file():
             return folder
-    raise ModelError(f"no adapter_config.json in {path} or in {path / 'adapter'}; give an adapter's folder")
+    raise ModelError(
+        f"no adapter_config.json in {path} or in {path / 'adapter'}; give an adapter's folder"
+    )
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -52,7 +52,9 @@ def run(
     job = stages.load_job(model, data, fit, command)
     stages.train_rows(job)
     stages.check_plan_possible(job, search)
-    settings = {k: v for part in (model, data, search, controls, fit) for k, v in asdict(part).items()}
+    settings = {
+        k: v for part in (model, data, search, controls, fit) for k, v in asdict(part).items()
+    }
     resume = output.resume_from_checkpoint
     work = open_workspace(target, output.overwrite_output_dir, resume, settings)
 

@@ -13,7 +13,13 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from rankwise import tasks, training
 from rankwise.cli.arguments import (
@@ -98,7 +104,9 @@ def _eval_rows(task: tasks.Task, wanted: str) -> tuple[str, Dataset]:
     rows = splits[wanted]
     if rows is None:
         there = [name for name, part in splits.items() if part is not None]
-        raise DataError(f"there is no labelled {wanted} split; there is {' and '.join(there) or 'none'}")
+        raise DataError(
+            f"there is no labelled {wanted} split; there is {' and '.join(there) or 'none'}"
+        )
     return wanted, rows
 
 
@@ -121,7 +129,10 @@ def search_method(search: SearchArguments) -> AutoLoRA:
     """The method by its name, with what the flags change of it."""
     if search.method not in METHODS:
         raise RankwiseError(f"--method is {search.method!r}; there are {', '.join(METHODS)}")
-    changes: dict[str, Any] = {"learning_rate": search.gate_learning_rate, "lookahead": search.lookahead}
+    changes: dict[str, Any] = {
+        "learning_rate": search.gate_learning_rate,
+        "lookahead": search.lookahead,
+    }
     if search.estimator is not None:
         changes["estimator"] = search.estimator
     return replace(METHODS[search.method], **changes)
@@ -251,7 +262,9 @@ def evaluate_adapter(job: Job, adapter: Path) -> dict[str, Any]:
     try:
         model = PeftModel.from_pretrained(fresh_model(job), str(adapter))
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"cannot load the adapter {adapter}: {str(error).splitlines()[0]}") from error
+        raise ModelError(
+            f"cannot load the adapter {adapter}: {str(error).splitlines()[0]}"
+        ) from error
     args = training_arguments(job, adapter.parent, save_strategy="no")
     collator = tasks.data_collator(job.task, job.tokenizer)
     return evaluate(job, Trainer(model, args, data_collator=collator, **_evaluation(job)))
@@ -306,7 +319,9 @@ def check_plan_possible(job: Job, search: SearchArguments) -> None:
 
 def _head_parameters(model: torch.nn.Module) -> int:
     """Trainable parameters outside the LoRA factors: the task head."""
-    return sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n)
+    return sum(
+        p.numel() for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n
+    )
 
 
 @contextmanager

@@ -19,11 +19,18 @@ from rankwise.gates import check_fits
 from rankwise.plan import RankPlan
 from rankwise.report import print_table
 
-TYPES = (ModelArguments, DataArguments, PlanArguments, SearchArguments, FitArguments, OutputArguments)
+TYPES = (
+    ModelArguments,
+    DataArguments,
+    PlanArguments,
+    SearchArguments,
+    FitArguments,
+    OutputArguments,
+)
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train a stock PEFT adapter at the ranks of a plan (--plan) or at one rank everywhere (--r)."""
+    """Train a stock PEFT adapter at a plan's ranks (--plan) or at one rank everywhere (--r)."""
     model, data, which, search, fit, output = parse("train", main.__doc__ or "", TYPES, argv)
     target = required(output.output_dir, "output_dir", "train")
     plan = RankPlan.load(which.plan) if which.plan else None
@@ -32,7 +39,10 @@ def main(argv: Sequence[str]) -> None:
     base = stages.fresh_model(job)
     if plan is None:
         plan = RankPlan.uniform(
-            base, search.r, target_modules=stages.target_modules(search), lora_alpha=search.lora_alpha
+            base,
+            search.r,
+            target_modules=stages.target_modules(search),
+            lora_alpha=search.lora_alpha,
         )
     check_fits(base, plan)
     del base

@@ -9,7 +9,13 @@ from rankwise.errors import CheckpointError, OutputError
 from rankwise.files import replace_folder, write_json
 
 # Of a run's settings, those that do not change its result.
-_FREE = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "logging_steps"}
+_FREE = {
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "report_to",
+    "logging_steps",
+}
 
 
 def open_workspace(
@@ -33,7 +39,8 @@ def open_workspace(
         raise OutputError(f"{target} is a file; give a folder as --output_dir")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise OutputError(
-            f"{target} is not empty; give another --output_dir, or --overwrite_output_dir to replace it"
+            f"{target} is not empty; give another --output_dir, or replace what is there by "
+            "--overwrite_output_dir"
         )
     if resume:
         _check_settings(work, settings)
@@ -41,14 +48,16 @@ def open_workspace(
     if work.exists():
         if not overwrite:
             raise OutputError(
-                f"an unfinished run is in {work}; go on with it by --resume_from_checkpoint, or drop it "
-                "by --overwrite_output_dir"
+                f"an unfinished run is in {work}; go on with it by --resume_from_checkpoint, or "
+                "drop it by --overwrite_output_dir"
             )
         shutil.rmtree(work)
     try:
         work.mkdir(parents=True)
     except OSError as error:
-        raise OutputError(f"cannot make {work}: {error.strerror}; give another --output_dir") from error
+        raise OutputError(
+            f"cannot make {work}: {error.strerror}; give another --output_dir"
+        ) from error
     write_json(work / "settings.json", settings)
     return work
 
@@ -57,12 +66,14 @@ def _check_settings(work: Path, settings: dict[str, Any]) -> None:
     try:
         saved = json.loads((work / "settings.json").read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"nothing to resume in {work}; start without --resume_from_checkpoint") from error
+        raise CheckpointError(
+            f"nothing to resume in {work}; start without --resume_from_checkpoint"
+        ) from error
     for key in sorted((set(saved) | set(settings)) - _FREE):
         if saved.get(key) != settings.get(key):
             raise CheckpointError(
-                f"the run in {work} had --{key} {saved.get(key)}, now it is {settings.get(key)}; resume with "
-                "the old settings, or start over with --overwrite_output_dir"
+                f"the run in {work} had --{key} {saved.get(key)}, now it is {settings.get(key)}; "
+                "resume with the old settings, or start over with --overwrite_output_dir"
             )
 
 

@@ -1,7 +1,7 @@
 """AutoLoRA (arXiv 2403.09113): a selection variable per rank-1 piece, learned on validation data.
 
-A method is a small frozen object that says what its gate is, who moves it, and how it becomes ranks;
-the loop around it is in `rankwise.training`.
+A method is a small frozen object that says what its gate is, who moves it, and how it becomes
+ranks; the loop around it is in `rankwise.training`.
 """
 
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ class AutoLoRA:
         return torch.sigmoid(beta) if self.gate == "sigmoid" else beta
 
     def initial(self, k: int) -> float:
-        """Starting β: every piece alike, α = 1/k where β is α itself, so that no rank is favoured."""
+        """Starting β: every piece alike; 1/k where α is β itself, so that Σα = 1 as for softmax."""
         return 1.0 / k if self.gate == "unconstrained" else 0.0
 
     def kept(self, alpha: list[float]) -> list[int]:

@@ -32,11 +32,12 @@ def write_card(
     base = [] if Path(saved).exists() else [f"base_model: {saved}"]
     header = ["---", *base, "library_name: peft", "tags:", "- lora", "- rankwise", "---", ""]
     training = metrics["training"]
+    rows = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
     body = [
         f"# LoRA adapter for {model} on {task.name}",
         "",
-        "A stock PEFT adapter: load it with `PeftModel.from_pretrained(base, folder)`. Its ranks differ",
-        f"by layer ({plan.parameters:,} LoRA parameters) and were chosen by "
+        "A stock PEFT adapter: load it with `PeftModel.from_pretrained(base, folder)`. Its ranks",
+        f"differ by layer ({plan.parameters:,} LoRA parameters) and were chosen by "
         f"{_method(plan)} with rankwise.",
         "",
         "## Ranks",
@@ -50,8 +51,8 @@ def write_card(
         "## Training",
         "",
         f"AdamW, learning rate {training['learning_rate']:g}, {metrics['steps']} steps of "
-        f"{training['per_device_train_batch_size'] * training['gradient_accumulation_steps']} rows per "
-        f"device, seed {training['seed']}, scaling {plan.scaling:g} (lora_alpha / r) in every layer.",
+        f"{rows} rows per device, seed {training['seed']}, scaling {plan.scaling:g} "
+        "(lora_alpha / r) in every layer.",
         "",
     ]
     write_text(folder / "README.md", "\n".join(header + body))

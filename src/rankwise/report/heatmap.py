@@ -22,7 +22,9 @@ def save_heatmap(plan: RankPlan, path: Path) -> bool:
     except ImportError:
         return False
     layers, matrices, ranks = grid(plan)
-    figure = Figure(figsize=(1.8 + 0.55 * len(layers), 1.5 + 0.5 * len(matrices)), layout="constrained")
+    figure = Figure(
+        figsize=(1.8 + 0.55 * len(layers), 1.5 + 0.5 * len(matrices)), layout="constrained"
+    )
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     top = max(plan.r_max, *plan.ranks.values())
@@ -42,7 +44,9 @@ def save_heatmap(plan: RankPlan, path: Path) -> bool:
     axes.set_yticks(range(len(matrices)), matrices)
     axes.set_xlabel("layer")
     mean = sum(plan.ranks.values()) / len(plan.ranks)
-    axes.set_title(f"ranks, mean {mean:.2f} of {plan.r_max}; {plan.parameters:,} parameters", fontsize=10)
+    axes.set_title(
+        f"ranks, mean {mean:.2f} of {plan.r_max}; {plan.parameters:,} parameters", fontsize=10
+    )
     figure.colorbar(image, ax=axes, label="rank")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")

@@ -8,7 +8,9 @@ from rich.table import Table
 from rankwise.tasks import Task
 
 
-def print_table(arms: dict[str, dict[str, Any]], task: Task, console: Console | None = None) -> None:
+def print_table(
+    arms: dict[str, dict[str, Any]], task: Task, console: Console | None = None
+) -> None:
     """Prints one row per arm: metrics, parameters, seconds, peak memory.
 
     Args:
@@ -48,7 +50,7 @@ def verdict(arms: dict[str, dict[str, Any]], task: Task) -> str:
     (_, ours), *controls = arms.items()
     metric = task.main_metric
     if not controls:
-        return f"No control was trained: this says nothing about whether choosing ranks helped {metric}."
+        return "No control was trained: nothing here says whether choosing ranks helped."
     sign = 1 if task.greater_is_better else -1
     lines = []
     for name, figures in controls:

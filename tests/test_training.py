@@ -1,0 +1,501 @@
+"""The search loop: against a plain reference, under Trainer's options, interrupted and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.func import functional_call
+from transformers import TrainerCallback, TrainingArguments, default_data_collator
+
+import rankwise
+from families import family, rows
+from rankwise import AutoLoRA, CheckpointError, DataError, DivergedError, RankwiseError, gates
+from rankwise.plan import RankPlan
+from rankwise.training import FiniteTrainer, SearchTrainer, last_checkpoint
+
+K = 4
+
+
+@pytest.fixture
+def of():
+    return family("bert-classification")
+
+
+def without_dropout(of):
+    model = of.model()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def arguments(folder, **changes):
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return TrainingArguments(**(settings | changes))
+
+
+def search(model, data, args, method=None, **more):
+    # a look-ahead step of 1 makes the second term of the hypergradient matter
+    method = method or AutoLoRA(learning_rate=1e-2, lookahead=1.0)
+    return rankwise.search(
+        model, data, method=method, r=K, args=args, data_collator=default_data_collator, **more
+    )
+
+
+def gate_values(plan):
+    return torch.tensor([list(entry.gate) for entry in plan.modules.values()])
+
+
+# --- the method ---------------------------------------------------------------------------------
+
+
+def reference_search(of, trainer, steps, eta, lr, beta_lr):
+    """Algorithm 1 as it is written, on the trainer's own batches: the look-ahead is built as a
+    function of β with torch.func and differentiated as a whole. Shares no code with rankwise."""
+    model = trainer.model
+    names = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    theta = {n: p.detach().clone().requires_grad_() for n, p in names.items() if "beta" not in n}
+    beta = {n: p.detach().clone().requires_grad_() for n, p in names.items() if "beta" in n}
+    weights = torch.optim.AdamW(theta.values(), lr=lr, weight_decay=0.0)
+    meta = torch.optim.AdamW(beta.values(), lr=beta_lr, weight_decay=0.0)
+
+    def loss(values, batch):
+        return functional_call(model, values, kwargs=batch)["loss"]
+
+    batches = iter(trainer.get_train_dataloader())
+    for step in range(steps):
+        train = next(batches)
+        trainer.state.global_step = step
+        (val,) = trainer._validation_batches(1)
+        gradient = torch.autograd.grad(
+            loss(theta | beta, train), list(theta.values()), create_graph=True
+        )
+        ahead = {n: p - eta * g for (n, p), g in zip(theta.items(), gradient, strict=True)}
+        outer = torch.autograd.grad(loss(ahead | beta, val), list(beta.values()))
+        for p, g in zip(theta.values(), gradient, strict=True):
+            p.grad = g.detach()
+        for p, g in zip(beta.values(), outer, strict=True):
+            p.grad = g
+        weights.step()
+        meta.step()
+    trainer.state.global_step = 0
+    return {n: p.detach() for n, p in (theta | beta).items()}
+
+
+@pytest.mark.parametrize(("estimator", "tolerance"), [("exact", 1e-5), ("finite_difference", 2e-3)])
+def test_search_follows_algorithm_1(of, tmp_path, estimator, tolerance):
+    of.config._attn_implementation = "eager"
+    model = without_dropout(of)
+    method = AutoLoRA(estimator=estimator, learning_rate=1e-2, lookahead=0.5, radius=1e-3)
+    plan = RankPlan(gates.find_entries(model, None, K), r_max=K)
+    torch.manual_seed(0)
+    peft_model = gates.build(model, plan, task_type="SEQ_CLS")
+    gated = gates.attach(peft_model, plan, method.activation)
+    data = rows(of, 40)
+    trainer = SearchTrainer(
+        peft_model,
+        arguments(tmp_path, max_grad_norm=0.0, max_steps=5),
+        gated=gated,
+        method=method,
+        train_dataset=data.select(range(20)),
+        validation_dataset=data.select(range(20, 40)),
+        provenance={},
+        data_collator=default_data_collator,
+    )
+    expected = reference_search(of, trainer, 5, eta=0.5, lr=1e-2, beta_lr=1e-2)
+    trainer.train()
+    for name, parameter in peft_model.named_parameters():
+        if parameter.requires_grad:
+            error = (parameter.detach() - expected[name]).norm() / expected[name].norm()
+            assert error < tolerance, name
+
+
+def test_all_of_the_lower_level_moves_and_nothing_else(of, tmp_path):
+    """Factors and the task head train during the search; the frozen weights do not."""
+    model = of.model()
+    plan = RankPlan(gates.find_entries(model, None, K), r_max=K)
+    with gates.adapted(model, plan, task_type="SEQ_CLS") as peft_model:
+        method = AutoLoRA()
+        gated = gates.attach(peft_model, plan, method.activation)
+        before = {n: p.detach().clone() for n, p in peft_model.named_parameters()}
+        SearchTrainer(
+            peft_model,
+            arguments(tmp_path),
+            gated=gated,
+            method=method,
+            train_dataset=rows(of),
+            validation_dataset=rows(of, seed=2),
+            provenance={},
+            data_collator=default_data_collator,
+        ).train()
+        moved = {n for n, p in peft_model.named_parameters() if not torch.equal(p, before[n])}
+    expected = {n for n in before if "lora_" in n or "classifier.modules_to_save" in n}
+    assert moved == expected
+
+
+def test_the_model_comes_back_as_it_was(of, tmp_path):
+    model = of.model().eval()
+    model.bert.embeddings.word_embeddings.weight.requires_grad_(False)
+    names = [name for name, _ in model.named_modules()]
+    before = {n: (p.detach().clone(), p.requires_grad) for n, p in model.named_parameters()}
+    search(model, rows(of), arguments(tmp_path))
+    assert [name for name, _ in model.named_modules()] == names
+    assert not model.training
+    for n, p in model.named_parameters():
+        assert torch.equal(p, before[n][0]) and p.requires_grad == before[n][1], n
+
+
+def test_the_model_comes_back_also_when_the_search_fails(of, tmp_path):
+    model = of.model()
+    names = [name for name, _ in model.named_modules()]
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        search(model, rows(of), arguments(tmp_path), callbacks=[Stop()])
+    assert [name for name, _ in model.named_modules()] == names
+
+
+def test_sets_are_disjoint_seeded_and_of_the_asked_size(of):
+    from rankwise.training import _two_sets
+
+    data = rows(of, 40).add_column("row", list(range(40)))
+    sets = [_two_sets(data, None, 0.3, seed) for seed in (0, 0, 1)]
+    train, validation = set(sets[0].train["row"]), set(sets[0].validation["row"])
+    assert len(train) == 28 and len(validation) == 12 and not train & validation
+    assert sets[0].train["row"] == sets[1].train["row"]
+    assert set(sets[2].train["row"]) != train
+
+
+def test_validation_batches_cover_each_pass_once_and_differ_in_order(of, tmp_path):
+    data = rows(of, 12).add_column("position", list(range(12)))
+    model = of.model()
+    plan = RankPlan(gates.find_entries(model, None, K), r_max=K)
+    peft_model = gates.build(model, plan, task_type="SEQ_CLS")
+    trainer = SearchTrainer(
+        peft_model,
+        arguments(tmp_path, remove_unused_columns=False),
+        gated=gates.attach(peft_model, plan, AutoLoRA().activation),
+        method=AutoLoRA(),
+        train_dataset=data,
+        validation_dataset=data,
+        provenance={},
+        data_collator=lambda batch: {"position": torch.tensor([row["position"] for row in batch])},
+    )
+    seen = []
+    for step in range(6):
+        trainer.state.global_step = step
+        seen.append(trainer._validation_batches(1)[0]["position"].tolist())
+    passes = [[p for batch in part for p in batch] for part in (seen[:3], seen[3:])]
+    assert sorted(passes[0]) == sorted(passes[1]) == list(range(12))
+    assert passes[0] != passes[1]
+
+
+@pytest.mark.parametrize(
+    ("method", "alpha", "kept"),
+    [
+        (AutoLoRA(), [0.25, 0.25, 0.2501, 0.2499], [0, 1, 2]),
+        (AutoLoRA(), [0.7, 0.1, 0.1, 0.1], [0]),
+        (AutoLoRA(gate="sigmoid"), [0.5, 0.49, 0.9, 0.1], [0, 2]),
+        (AutoLoRA(gate="sigmoid"), [0.1, 0.4, 0.2, 0.3], [1]),  # at least one
+        (AutoLoRA(gate="unconstrained"), [3.0, 1.0, 0.0, 0.0], [0, 1]),
+        (AutoLoRA(gate="unconstrained"), [-1.0, -3.0, 2.0, 2.0], [2, 3]),
+    ],
+)
+def test_thresholds_of_the_paper(method, alpha, kept):
+    assert method.kept(alpha) == kept
+
+
+# --- Trainer's options --------------------------------------------------------------------------
+
+
+def test_accumulated_micro_batches_equal_one_batch(of, tmp_path):
+    data = rows(of, 32)
+    whole = search(
+        without_dropout(of), data, arguments(tmp_path, per_device_train_batch_size=8, max_steps=4)
+    )
+    parts = search(
+        without_dropout(of), data, arguments(tmp_path, gradient_accumulation_steps=2, max_steps=4)
+    )
+    torch.testing.assert_close(gate_values(parts), gate_values(whole), rtol=1e-4, atol=1e-6)
+    assert gate_values(whole).std() > 1e-3
+
+
+def test_accumulation_for_a_language_model_weighs_tokens(tmp_path):
+    of = family("llama-lm")
+    data = rows(of, 32)
+    ragged = [row[: 3 + i % 6] + [-100] * (9 - 3 - i % 6) for i, row in enumerate(data["labels"])]
+    data = data.remove_columns("labels").add_column("labels", ragged)
+    whole = search(
+        of.model(), data, arguments(tmp_path, per_device_train_batch_size=8, max_steps=3)
+    )
+    parts = search(
+        of.model(), data, arguments(tmp_path, gradient_accumulation_steps=2, max_steps=3)
+    )
+    torch.testing.assert_close(gate_values(parts), gate_values(whole), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["finite_difference", "exact"])
+def test_gradient_checkpointing_changes_nothing(of, tmp_path, estimator):
+    """Dropout on: the recomputation has to draw the same masks."""
+    method = AutoLoRA(estimator=estimator, learning_rate=1e-2, lookahead=1.0)
+    plain = search(of.model(), rows(of), arguments(tmp_path), method)
+    saved = search(of.model(), rows(of), arguments(tmp_path, gradient_checkpointing=True), method)
+    torch.testing.assert_close(gate_values(saved), gate_values(plain), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_finite_difference_and_exact_agree_with_dropout_on(of, tmp_path, attention):
+    """Only if the perturbed pass draws the masks of the training pass."""
+    of.config._attn_implementation = attention
+    found = {}
+    for estimator in ("finite_difference", "exact", "first_order"):
+        method = AutoLoRA(estimator=estimator, learning_rate=1e-2, lookahead=1.0)
+        found[estimator] = gate_values(search(of.model(), rows(of), arguments(tmp_path), method))
+    torch.testing.assert_close(found["finite_difference"], found["exact"], rtol=1e-2, atol=1e-4)
+    assert (found["first_order"] - found["exact"]).abs().max() > 1e-3
+
+
+def test_bf16_mixed_precision_stays_close(of, tmp_path):
+    plain = search(of.model(), rows(of), arguments(tmp_path))
+    mixed = search(of.model(), rows(of), arguments(tmp_path, bf16=True))
+    torch.testing.assert_close(gate_values(mixed), gate_values(plain), rtol=0.0, atol=2e-2)
+
+
+def test_two_processes_equal_one_with_their_batches(tmp_path):
+    script = str(Path(__file__).with_name("two_processes.py"))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    for command, size in (([sys.executable], "8"), ([*torchrun, "--master_port=29517"], "4")):
+        done = subprocess.run(
+            [*command, script, size, str(tmp_path / size)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (gate_values(RankPlan.load(tmp_path / size / "plan.json")) for size in ("8", "4"))
+    torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-5)
+    assert one.std() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fp16": True, "use_cpu": False}, "fp16 scales losses"),
+        ({"torch_compile": True}, "no double backward"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused(of, tmp_path, changes, message, monkeypatch):
+    args = arguments(tmp_path)
+    for name, value in changes.items():
+        setattr(args, name, value)
+    with pytest.raises(RankwiseError, match=message):
+        search(of.model(), rows(of), args, AutoLoRA(estimator="exact"))
+
+
+# --- stopped, resumed, diverged -----------------------------------------------------------------
+
+
+class StopAfter(TrainerCallback):
+    """Stops a search the hard way, between two steps."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stop", [3, 4, 7, 8])
+def test_interrupted_and_resumed_equals_never_stopped(of, tmp_path, stop):
+    """Bit for bit, dropout on, across the end of an epoch (6 steps), saved every second step."""
+    data, steps = rows(of, 48), {"max_steps": 9, "save_strategy": "steps", "save_steps": 2}
+    steps["lr_scheduler_type"] = "linear"
+    never = search(of.model(), data, arguments(tmp_path / "never", **steps))
+    args = arguments(tmp_path / "stopped", **steps)
+    with pytest.raises(KeyboardInterrupt):
+        search(of.model(), data, args, callbacks=[StopAfter(stop)])
+    assert last_checkpoint(args.output_dir).name == f"checkpoint-{(stop - 1) // 2 * 2}"
+    resumed = search(of.model(), data, args, resume_from_checkpoint=True)
+    assert torch.equal(gate_values(resumed), gate_values(never))
+    assert resumed.ranks == never.ranks
+
+
+KILLED = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_training import arguments, family, rows, search
+of = family("bert-classification")
+args = arguments({folder!r}, max_steps=400, save_strategy="steps", save_steps=5, save_total_limit=2)
+plan = search(of.model(), rows(of, 48), args, resume_from_checkpoint={resume!r} or None)
+plan.save({folder!r} + "/plan.json")
+"""
+
+
+def test_killed_at_any_moment_and_resumed_equals_never_stopped(of, tmp_path):
+    """SIGKILL from outside, wherever it lands (in a step, or half-way through a checkpoint)."""
+
+    def start(folder, resume):
+        code = KILLED.format(tests=str(Path(__file__).parent), folder=str(folder), resume=resume)
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([sys.executable, "-c", code], env=environment)
+
+    folder = tmp_path / "killed"
+    process = start(folder, False)
+    deadline = time.monotonic() + 120
+    while last_checkpoint(folder) is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "plan.json").exists(), "finished before it could be killed"
+    assert start(folder, True).wait(timeout=240) == 0
+    args = arguments(tmp_path / "never", max_steps=400)
+    never = search(of.model(), rows(of, 48), args)
+    resumed = RankPlan.load(folder / "plan.json")
+    assert resumed.ranks == never.ranks
+    assert resumed.to_json().splitlines()[4:8] == never.to_json().splitlines()[4:8]  # gate values
+
+
+def test_half_a_checkpoint_is_passed_over(tmp_path):
+    for step, text in ((5, '{"global_step": 5}'), (10, '{"global_st'), (15, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if text is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+    assert last_checkpoint(tmp_path).name == "checkpoint-5"
+    assert last_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_checkpoint_of_another_configuration_is_refused(of, tmp_path):
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
+    search(of.model(), rows(of), args)
+    with pytest.raises(CheckpointError, match=r"another search: k was 4 and is now 3"):
+        rankwise.search(
+            of.model(),
+            rows(of),
+            method=AutoLoRA(learning_rate=1e-2, lookahead=1.0),
+            r=3,
+            args=args,
+            resume_from_checkpoint=True,
+        )
+    with pytest.raises(CheckpointError, match="train_sha256 was"):
+        search(of.model(), rows(of, seed=5), args, resume_from_checkpoint=True)
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        search(of.model(), rows(of), arguments(tmp_path / "no"), resume_from_checkpoint=True)
+
+
+def poisoned(model, at):
+    """The model's loss becomes NaN at its at-th forward pass."""
+    count = [0]
+
+    def poison(module, inputs, output):
+        count[0] += 1
+        if count[0] >= at:
+            output["loss"] = output["loss"] * float("nan")
+        return output
+
+    model.register_forward_hook(poison)
+    return model
+
+
+def test_a_nan_loss_stops_the_search_and_keeps_the_last_good_checkpoint(of, tmp_path):
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=9)
+    # three forward passes a step: training, validation, perturbed
+    with pytest.raises(DivergedError, match=r"loss is nan at step 6; .*checkpoint-4") as found:
+        search(poisoned(of.model(), at=16), rows(of, 48), args)
+    assert "\n" not in str(found.value)
+    never = search(of.model(), rows(of, 48), arguments(tmp_path / "n", max_steps=9))
+    resumed = search(of.model(), rows(of, 48), args, resume_from_checkpoint=True)
+    assert torch.equal(gate_values(resumed), gate_values(never))
+
+
+def test_a_nan_loss_stops_training(of, tmp_path):
+    plan = RankPlan.uniform(of.model(), 2)
+    with pytest.raises(DivergedError, match=r"loss is nan at step 3; no checkpoint"):
+        rankwise.train(poisoned(of.model(), at=3), plan, rows(of), args=arguments(tmp_path))
+
+
+def test_parameters_that_are_not_finite_are_never_saved(of, tmp_path):
+    class Poison(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            if state.global_step == 4:
+                next(p for p in model.parameters() if p.requires_grad).data.fill_(float("inf"))
+
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2)
+    with pytest.raises(DivergedError, match=r"not finite after step 4; .*checkpoint-2"):
+        search(of.model(), rows(of), args, callbacks=[Poison()])
+    assert last_checkpoint(tmp_path).name == "checkpoint-2"
+
+
+def test_train_gives_the_stock_trainer_its_result(of, tmp_path):
+    """rankwise.train adds nothing to what PEFT and Trainer do with the plan's LoraConfig."""
+    from peft import get_peft_model
+    from transformers import Trainer, set_seed
+
+    model = of.model()
+    plan = RankPlan.uniform(model, 2).with_ranks({n: 1 + i for i, n in enumerate(_names(model))})
+    ours = rankwise.train(model, plan, rows(of), args=arguments(tmp_path)).model
+    base = of.model()
+    set_seed(42)
+    stock = get_peft_model(base, plan.lora_config(task_type="SEQ_CLS"))
+    Trainer(stock, arguments(tmp_path), train_dataset=rows(of)).train()
+    theirs = dict(stock.named_parameters())
+    assert all(torch.equal(p, theirs[n]) for n, p in ours.named_parameters())
+
+
+def _names(model):
+    return list(gates.find_entries(model, None, 1))
+
+
+@pytest.mark.parametrize(
+    ("data", "more", "message"),
+    [
+        ([], {}, "no rows"),
+        (range(1), {}, "the training split would be empty: 1 rows"),
+        (range(2), {"validation_fraction": 0.1}, "the validation split would be empty: 2 rows"),
+        (range(9), {"validation_fraction": 1.0}, "between 0 and 1"),
+        (range(9), {"validation_dataset": []}, "validation_dataset has no rows"),
+        (iter(range(9)), {}, "no length or index"),
+    ],
+)
+def test_rows_that_cannot_be_split_are_refused(of, tmp_path, data, more, message):
+    with pytest.raises(DataError, match=message):
+        search(of.model(), data, arguments(tmp_path), **more)
+
+
+def test_provenance_says_what_decided_the_plan(of, tmp_path):
+    data = rows(of)
+    plan = search(of.model(), data, arguments(tmp_path))
+    read = json.loads(plan.to_json())["provenance"]
+    assert read["seed"] == 42 and read["train_rows"] == read["validation_rows"] == 12
+    assert read["method"]["estimator"] == "finite_difference"
+    other = search(of.model(), rows(of, seed=3), arguments(tmp_path)).provenance
+    assert read["train_sha256"] != other["train_sha256"]
+
+
+def test_finite_trainer_is_what_train_returns(of, tmp_path):
+    trainer = rankwise.train(
+        of.model(), RankPlan.uniform(of.model(), 1), rows(of), args=arguments(tmp_path)
+    )
+    assert isinstance(trainer, FiniteTrainer) and trainer.state.global_step == 6
