@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from datasets import Dataset
 from safetensors import SafetensorError
 from transformers import (
@@ -383,6 +384,9 @@ def load_model(
     source = _options(gguf_file=gguf_file, revision=revision)
     source["trust_remote_code"] = trust_remote_code
     loading = _options(attn_implementation=attn_implementation, dtype=dtype)
+    if gguf_file is not None and hasattr(transformers, "GgufConfig"):
+        # Newer releases leave the weights packed where they can, and mark them as no good to train.
+        loading["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         config = AutoConfig.from_pretrained(name, **source, **_head(task))
         model = _AUTO[task.task_type].from_pretrained(name, config=config, **source, **loading)
