@@ -262,6 +262,16 @@ def test_gradient_checkpointing_changes_nothing(of, tmp_path, estimator):
     torch.testing.assert_close(gate_values(saved), gate_values(plain), rtol=1e-4, atol=1e-6)
 
 
+def test_checkpointing_and_smoothing_leave_nothing_behind(of, tmp_path):
+    model = of.model()
+    args = arguments(tmp_path, gradient_checkpointing=True, label_smoothing_factor=0.1)
+    args.label_names = ["labels"]
+    smooth = search(model, rows(of), args)
+    assert not model.is_gradient_checkpointing
+    plain = search(of.model(), rows(of), arguments(tmp_path))
+    assert not torch.allclose(gate_values(smooth), gate_values(plain), atol=1e-5)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_finite_difference_and_exact_agree_with_dropout_on(of, tmp_path, attention):
     """Only if the perturbed pass draws the masks of the training pass."""

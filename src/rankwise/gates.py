@@ -274,8 +274,10 @@ def adapted(model: nn.Module, plan: RankPlan, **lora: Any) -> Iterator[PeftModel
     """`build` for the duration of a block; the base model is as before afterwards.
 
     PEFT's own `unload` leaves the trained task head in place and everything frozen: the original
-    head and the `requires_grad` flags are put back.
+    head and the `requires_grad` flags are put back, and checkpointing that a Trainer switched on
+    for the block is switched off.
     """
+    checkpointing = getattr(model, "is_gradient_checkpointing", False)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     training = model.training
     peft_model = build(model, plan, **lora)
@@ -293,6 +295,8 @@ def adapted(model: nn.Module, plan: RankPlan, **lora: Any) -> Iterator[PeftModel
             setattr(model.get_submodule(parent), leaf, head)
         for name, p in model.named_parameters():
             p.requires_grad_(flags[name])
+        if not checkpointing and getattr(model, "is_gradient_checkpointing", False):
+            cast(Any, model).gradient_checkpointing_disable()
         model.train(training)
 
 

@@ -292,7 +292,8 @@ class SearchTrainer(FiniteTrainer):
         The rule is Trainer.training_step's; it is needed apart from the backward pass here.
         """
         with self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs, num_items_in_batch=num_items)
+            # a copy: label smoothing pops the labels, and this batch will be seen again
+            loss = self.compute_loss(model, {**inputs}, num_items_in_batch=num_items)
         scaled = self.loss_is_scaled_for_ga
         if scaled is None:
             scaled = (self.model_accepts_loss_kwargs and num_items is not None) or (
@@ -350,6 +351,8 @@ class SearchTrainer(FiniteTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """What a search needs to go on: trainable tensors, raw, and what they belong to."""
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         trainable = {n: p.detach().contiguous() for n, p in _trainable(self.model)}
@@ -404,8 +407,8 @@ def train(
     peft_model = gates.build(
         model, plan, task_type=task_type or _task_type(model), lora_dropout=lora_dropout
     )
-    if args.label_names is None:
-        args.label_names = ["labels"]  # Trainer cannot read them off a PEFT model
+    if args.label_names is None:  # Trainer cannot read them off a PEFT model
+        args = replace(args, label_names=["labels"])
     trainer_ = FiniteTrainer(peft_model, args, train_dataset=train_dataset, **trainer)
     trainer_.train(resume_from_checkpoint=checkpoint)
     return trainer_
