@@ -1,0 +1,169 @@
+"""Sums up experiments/results/autolora: the README's tables, and whether seeds agree on ranks.
+
+    python experiments/summary.py            writes results/autolora-summary.json, updates README.md
+    python experiments/summary.py --check    exits with 1 where README.md is out of date
+"""
+
+import argparse
+import json
+import re
+import statistics
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rankwise import RankPlan
+from rankwise.files import write_json, write_text
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+METRIC = {"accuracy": "accuracy", "pearson": "Pearson", "matthews_correlation": "Matthews", "f1": "F1"}
+ARMS = {"learned": (), "uniform r=4": ("control",), "random, same size": ("random_control",)}
+PERMUTATIONS = 20_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    runs = load()
+    summary = {task: summarise(found) for task, found in runs.items()}
+    text = README.read_text(encoding="utf-8")
+    new = replace_block(text, "results", results_table(summary))
+    new = replace_block(new, "agreement", agreement_table(summary))
+    if check:
+        raise SystemExit(0 if new == text else "README.md is out of date: run experiments/summary.py")
+    write_json(HERE / "results" / "autolora-summary.json", summary)
+    write_text(README, new)
+
+
+def load() -> dict[str, list[dict[str, Any]]]:
+    """Runs by task, in the order of seeds; each with its plan's ranks under "ranks"."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted((HERE / "results" / "autolora").glob("*-seed*.json")):
+        if path.name.endswith(".plan.json"):
+            continue
+        found = json.loads(path.read_text())
+        found["ranks"] = RankPlan.load(path.with_name(f"{path.stem}.plan.json")).ranks
+        runs.setdefault(path.name.partition("-seed")[0], []).append(found)
+    return runs
+
+
+def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """One task: mean and sd over seeds of the main metric per arm, of the gains, of the ranks."""
+    metric = runs[0]["task"]["metrics"][0]
+    score = {arm: [pick(run, keys)["eval"][metric] for run in runs] for arm, keys in ARMS.items()}
+    gain = {
+        arm: spread([a - b for a, b in zip(score["learned"], score[arm], strict=True)])
+        for arm in list(ARMS)[1:]
+    }
+    return {
+        "metric": metric,
+        "seeds": [run["training"]["seed"] for run in runs],
+        "eval_rows": runs[0]["eval"]["rows"],
+        "train_rows": runs[0]["train_rows"],
+        "search_steps_learning_rate": runs[0]["training"]["learning_rate"],
+        "score": {arm: spread(values) for arm, values in score.items()},
+        "gain_over": gain,
+        "parameters": {
+            arm: spread([pick(run, keys)["lora_parameters"] for run in runs])
+            for arm, keys in ARMS.items()
+        },
+        "mean_rank": spread([run["mean_rank"] for run in runs]),
+        "lowest_rank": min(min(run["ranks"].values()) for run in runs),
+        "highest_rank": max(max(run["ranks"].values()) for run in runs),
+        "search_over_train_seconds": spread(
+            [run["search_seconds"] / run["train_seconds"] for run in runs]
+        ),
+        "agreement": agreement([list(run["ranks"].values()) for run in runs]),
+    }
+
+
+def pick(run: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    for key in keys:
+        run = run[key]
+    return run
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Mean and sample sd (0 for one value)."""
+    sd = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "sd": sd, "n": len(values)}
+
+
+def agreement(ranks: list[list[int]]) -> dict[str, float] | None:
+    """Do seeds give the same modules high ranks? Mean pairwise correlation of the rank vectors, and
+    the share of random permutations of each vector's modules that reach it (one-sided p)."""
+    if len(ranks) < 2:
+        return None
+    vectors = np.array(ranks, dtype=float)
+    rng = np.random.default_rng(0)
+    observed = mean_correlation(vectors)
+    null = [mean_correlation(rng.permuted(vectors, axis=1)) for _ in range(PERMUTATIONS)]
+    p = (1 + sum(value >= observed - 1e-12 for value in null)) / (1 + PERMUTATIONS)
+    return {"mean_correlation": observed, "p": p, "modules": vectors.shape[1]}
+
+
+def mean_correlation(vectors: np.ndarray) -> float:
+    """Mean over pairs of rows of their Pearson correlation; 0 for a row without variance."""
+    centred = vectors - vectors.mean(axis=1, keepdims=True)
+    norms = np.linalg.norm(centred, axis=1)
+    pairs = [
+        0.0 if norms[i] * norms[j] == 0 else float(centred[i] @ centred[j] / (norms[i] * norms[j]))
+        for i, j in combinations(range(len(vectors)), 2)
+    ]
+    return statistics.fmean(pairs)
+
+
+def results_table(summary: dict[str, Any]) -> str:
+    lines = [
+        "| task, metric | " + " | ".join(ARMS) + " | learned − uniform | learned − random | seeds |",
+        "| --- |" + " ---: |" * (len(ARMS) + 3),
+    ]
+    for task, found in sorted(summary.items(), key=order):
+        cells = [points(found["score"][arm]) for arm in ARMS]
+        cells += [points(found["gain_over"][arm], sign=True) for arm in list(ARMS)[1:]]
+        name = f"{task}, {METRIC[found['metric']]}"
+        lines.append(f"| {name} | {' | '.join(cells)} | {len(found['seeds'])} |")
+    return "\n".join(lines)
+
+
+def agreement_table(summary: dict[str, Any]) -> str:
+    lines = [
+        "| task | ranks found | mean rank | correlation of ranks between seeds | p (permutation) |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for task, found in sorted(summary.items(), key=order):
+        if found["agreement"] is None:
+            continue
+        mean = found["mean_rank"]
+        lines.append(
+            f"| {task} | {found['lowest_rank']} to {found['highest_rank']} "
+            f"| {mean['mean']:.2f} ± {mean['sd']:.2f} "
+            f"| {found['agreement']['mean_correlation']:+.2f} | {found['agreement']['p']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def order(item: tuple[str, dict[str, Any]]) -> tuple[int, str]:
+    return -len(item[1]["seeds"]), item[0]
+
+
+def points(value: dict[str, float], sign: bool = False) -> str:
+    """In points, x 100: mean ± sd, or the one value there is."""
+    mean = f"{100 * value['mean']:{'+' if sign else ''}.1f}"
+    return mean if value["n"] < 2 else f"{mean} ± {100 * value['sd']:.1f}"
+
+
+def replace_block(text: str, name: str, block: str) -> str:
+    """The text between `<!-- name -->` and `<!-- /name -->` replaced."""
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise SystemExit(f"README.md has no block <!-- {name} -->")
+    return pattern.sub(lambda m: m[1] + block + m[2], text)
+
+
+if __name__ == "__main__":
+    main()
