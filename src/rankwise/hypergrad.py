@@ -30,9 +30,11 @@ Loss = Callable[[], Tensor]
 Reduce = Callable[[list[Tensor]], list[Tensor]]
 """Averages a list of gradients over processes; `autograd.grad` bypasses DDP's own averaging."""
 
-# The perturbation of θ has this Euclidean length, whatever the length of v (DARTS' choice, which
-# benchmarks/hypergrad_radius.py measures again for LoRA factors in float32).
+# Euclidean length of the perturbation of θ, whatever the length of v. 0.01 is DARTS' choice; measured
+# again for LoRA factors by benchmarks/hypergrad_accuracy.py, together with the longer one that
+# bfloat16's coarser rounding needs.
 RADIUS = 1e-2
+RADIUS_BF16 = 1e-1
 
 
 @dataclass(frozen=True)

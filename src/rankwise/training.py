@@ -32,7 +32,7 @@ from transformers import PreTrainedModel, SchedulerType, Trainer, TrainingArgume
 from rankwise import gates
 from rankwise.errors import CheckpointError, DataError, DivergedError, RankwiseError
 from rankwise.files import write_json
-from rankwise.hypergrad import TrainGradient, hypergradient
+from rankwise.hypergrad import RADIUS, RADIUS_BF16, TrainGradient, hypergradient
 from rankwise.methods import METHODS, AutoLoRA
 from rankwise.plan import RankPlan
 
@@ -271,7 +271,7 @@ class SearchTrainer(FiniteTrainer):
             val,
             self.optimizer.param_groups[0]["lr"] if lookahead is None else lookahead,
             train_gradient=TrainGradient(_grads(self.parameters), _grads(self.betas)),
-            radius=self.method.radius,
+            radius=self.method.radius or (RADIUS_BF16 if self.args.bf16 else RADIUS),
             two_sided=self.method.two_sided,
             reduce=self._mean_over_processes,
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import RankwiseError
-from rankwise.hypergrad import ESTIMATORS, RADIUS, Estimator
+from rankwise.hypergrad import ESTIMATORS, Estimator
 
 GateKind = Literal["softmax", "unconstrained", "sigmoid"]
 
@@ -29,7 +29,8 @@ class AutoLoRA:
         weight_decay: AdamW's for β; 0, so that a β that gets no gradient stays where it is.
         lookahead: η of the look-ahead step (eq. 4); None takes the parameters' current learning
             rate, as the paper does.
-        radius: length of the finite difference's step, in units of the parameters.
+        radius: length of the finite difference's step, in units of the parameters; None is 0.01,
+            or 0.1 under bf16.
         two_sided: central differences: a fourth forward-backward pass per step.
 
     Raises:
@@ -46,7 +47,7 @@ class AutoLoRA:
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     lookahead: float | None = None
-    radius: float = RADIUS
+    radius: float | None = None
     two_sided: bool = False
 
     def __post_init__(self) -> None:
@@ -55,8 +56,9 @@ class AutoLoRA:
         if self.estimator not in ESTIMATORS:
             raise RankwiseError(f"estimator is {self.estimator!r}; take {', '.join(ESTIMATORS)}")
         for name in ("learning_rate", "radius"):
-            if not getattr(self, name) > 0:
-                raise RankwiseError(f"AutoLoRA's {name} is {getattr(self, name)}; it has to be > 0")
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise RankwiseError(f"AutoLoRA's {name} is {value}; it has to be > 0")
 
     def activation(self, beta: Tensor) -> Tensor:
         """β (k,) of one layer -> α (k,)."""

@@ -47,7 +47,7 @@ def save_heatmap(plan: RankPlan, path: Path) -> bool:
     axes.set_title(
         f"ranks, mean {mean:.2f} of {plan.r_max}; {plan.parameters:,} parameters", fontsize=10
     )
-    figure.colorbar(image, ax=axes, label="rank")
+    figure.colorbar(image, ax=axes, label="rank", shrink=0.7)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, dpi=130, format="png")

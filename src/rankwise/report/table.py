@@ -24,15 +24,15 @@ def print_table(
     table = Table(title=f"{task.name}: {rows}, one seed", title_justify="left")
     table.add_column("ranks")
     metrics = [name for name in task.metrics if name in first]
-    for header in (*metrics, "trainable", "of it LoRA", "search s", "train s", "peak GiB"):
-        table.add_column(header, justify="right", overflow="fold")
+    named = (name.replace("_", "\n") for name in metrics)
+    for header in (*named, "trainable\nparameters", "search\ns", "train\ns", "peak\nGiB"):
+        table.add_column(header, justify="right", no_wrap=True)
     for name, figures in arms.items():
         peak = max(figures["peak_memory_bytes"], figures.get("search_peak_memory_bytes", 0))
         table.add_row(
             name,
             *(f"{figures['eval'][metric]:.4f}" for metric in metrics),
             f"{figures['trainable_parameters']:,}",
-            f"{figures['lora_parameters']:,}",
             f"{figures.get('search_seconds', 0.0):.0f}",
             f"{figures['train_seconds']:.0f}",
             f"{peak / 2**30:.2f}",
