@@ -30,9 +30,9 @@ Loss = Callable[[], Tensor]
 Reduce = Callable[[list[Tensor]], list[Tensor]]
 """Averages a list of gradients over processes; `autograd.grad` bypasses DDP's own averaging."""
 
-# Euclidean length of the perturbation of θ, whatever the length of v. 0.01 is DARTS' choice; measured
-# again for LoRA factors by benchmarks/hypergrad_accuracy.py, together with the longer one that
-# bfloat16's coarser rounding needs.
+# Euclidean length of the perturbation of θ, whatever the length of v. 0.01 is DARTS' choice;
+# benchmarks/hypergrad_accuracy.py measures it again for LoRA factors, together with the longer one
+# that bfloat16's coarser rounding needs.
 RADIUS = 1e-2
 RADIUS_BF16 = 1e-1
 
