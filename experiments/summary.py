@@ -1,7 +1,7 @@
 """Sums up experiments/results/autolora: the README's tables, and whether seeds agree on ranks.
 
-    python experiments/summary.py            writes results/autolora-summary.json, updates README.md
-    python experiments/summary.py --check    exits with 1 where README.md is out of date
+python experiments/summary.py            writes results/autolora-summary.json, updates README.md
+python experiments/summary.py --check    exits with 1 where README.md is out of date
 """
 
 import argparse
@@ -19,13 +19,20 @@ from rankwise.files import write_json, write_text
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
-METRIC = {"accuracy": "accuracy", "pearson": "Pearson", "matthews_correlation": "Matthews", "f1": "F1"}
+METRIC = {
+    "accuracy": "accuracy",
+    "pearson": "Pearson",
+    "matthews_correlation": "Matthews",
+    "f1": "F1",
+}
 ARMS = {"learned": (), "uniform r=4": ("control",), "random, same size": ("random_control",)}
 PERMUTATIONS = 20_000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     runs = load()
@@ -34,7 +41,9 @@ def main() -> None:
     new = replace_block(text, "results", results_table(summary))
     new = replace_block(new, "agreement", agreement_table(summary))
     if check:
-        raise SystemExit(0 if new == text else "README.md is out of date: run experiments/summary.py")
+        raise SystemExit(
+            0 if new == text else "README.md is out of date: run experiments/summary.py"
+        )
     write_json(HERE / "results" / "autolora-summary.json", summary)
     write_text(README, new)
 
@@ -119,7 +128,9 @@ def mean_correlation(vectors: np.ndarray) -> float:
 
 def results_table(summary: dict[str, Any]) -> str:
     lines = [
-        "| task, metric | " + " | ".join(ARMS) + " | learned − uniform | learned − random | seeds |",
+        "| task, metric | "
+        + " | ".join(ARMS)
+        + " | learned − uniform | learned − random | seeds |",
         "| --- |" + " ---: |" * (len(ARMS) + 3),
     ]
     for task, found in sorted(summary.items(), key=order):

@@ -84,7 +84,7 @@ def test_finite_difference_agrees_with_exact_on_minilm(problem, two_sided):
 
 @pytest.mark.parametrize("two_sided", [False, True])
 def test_also_the_second_term_alone_agrees(problem, two_sided):
-    """At a usual η the direct term hides the second one: take it away, at an η that leaves digits."""
+    """A usual η lets the direct term hide the second: take it away, at an η that leaves digits."""
     theta, betas, train, val = problem
     eta = 1e-2
     whole = {

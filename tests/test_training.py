@@ -175,10 +175,10 @@ def test_the_model_comes_back_also_when_the_search_fails(of, tmp_path):
 
 
 def test_sets_are_disjoint_seeded_and_of_the_asked_size(of):
-    from rankwise.training import _two_sets
+    from rankwise.training import two_sets
 
     data = rows(of, 40).add_column("row", list(range(40)))
-    sets = [_two_sets(data, None, 0.3, seed) for seed in (0, 0, 1)]
+    sets = [two_sets(data, None, 0.3, seed) for seed in (0, 0, 1)]
     train, validation = set(sets[0].train["row"]), set(sets[0].validation["row"])
     assert len(train) == 28 and len(validation) == 12 and not train & validation
     assert sets[0].train["row"] == sets[1].train["row"]

@@ -33,6 +33,10 @@ ADAPTER = "default"
 # Fused projections: leaf name -> names of its equal parts along the output, in order.
 FUSED = {"c_attn": ("q", "k", "v")}
 
+# The heads that PEFT trains whole, and therefore never adapts, for these two kinds of model.
+HEADS = ("classifier", "score")
+HEADED = ("ForSequenceClassification", "ForTokenClassification")
+
 # PEFT's default for GPT-2 is the whole of c_attn; the paper adapts query and value.
 DEFAULT_PARTS = {"gpt2": ["c_attn.q", "c_attn.v"]}
 
@@ -105,13 +109,13 @@ def find_entries(
     entries: dict[str, Entry] = {}
     used: set[str] = set()
     for name, module in model.named_modules():
-        if (shape := _shape(module)) is None:
+        if (shape := _shape(module)) is None or _in_head(model, name):
             continue
         parts = _parts(name, module)
         for part, rows in [(None, None), *parts]:
             full = name if part is None else f"{name}.{part}"
-            if hit := _match(full, targets):
-                used.add(hit)
+            if hits := _matches(full, targets):
+                used.update(hits)
                 out = shape[1] if rows is None else rows[1] - rows[0]
                 entries[full] = Entry(r, shape[0], out, module=name, rows=rows)
     missed = [targets] if isinstance(targets, str) else [t for t in targets if t not in used]
@@ -418,24 +422,30 @@ def _targets(model: nn.Module, target_modules: list[str] | str | None) -> list[s
         return found
     if target_modules == "all-linear":
         config = LoraConfig(target_modules="all-linear")
-        return sorted(_maybe_include_all_linear_layers(config, model).target_modules)
+        names = _maybe_include_all_linear_layers(config, model).target_modules
+        return sorted(name for name in names if not _in_head(model, name))
     if not target_modules:
         raise ModelError(f"target_modules is empty; name some of: {_candidates(model)}")
     return target_modules if isinstance(target_modules, str) else list(target_modules)
 
 
-def _match(name: str, targets: list[str] | str) -> str | None:
-    """The target that names this module, by PEFT's rules: a whole regex, or a dotted suffix."""
+def _matches(name: str, targets: list[str] | str) -> list[str]:
+    """The targets that name this module, by PEFT's rules: a whole regex, or dotted suffixes."""
     if isinstance(targets, str):
-        return targets if re.fullmatch(targets, name) else None
-    return next((t for t in targets if name == t or name.endswith(f".{t}")), None)
+        return [targets] if re.fullmatch(targets, name) else []
+    return [t for t in targets if name == t or name.endswith(f".{t}")]
+
+
+def _in_head(model: nn.Module, name: str) -> bool:
+    return type(model).__name__.endswith(HEADED) and any(p in HEADS for p in name.split("."))
 
 
 def _candidates(model: nn.Module) -> str:
     """`query (6), value (6), ...`: what target_modules could have named, commonest first."""
     leaves: Counter[str] = Counter()
     for name, module in model.named_modules():
-        if _shape(module) is not None and not isinstance(module, nn.Embedding):
+        plain = _shape(module) is not None and not isinstance(module, nn.Embedding)
+        if plain and not _in_head(model, name):
             leaf = name.rpartition(".")[2]
             leaves[leaf] += 1
             leaves.update(f"{leaf}.{part}" for part, _ in _parts(name, module))

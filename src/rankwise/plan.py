@@ -160,12 +160,14 @@ class RankPlan:
             >>> RankPlan.random(like=plan, seed=0).parameters == plan.parameters
             True
         """
-        names = [name for name, entry in like.modules.items() if entry.r > 0]
-        ranks = dict.fromkeys(like.modules, 0)
-        costs = [like.modules[name].cost for name in names]
+        used = {name: entry for name, entry in like.modules.items() if entry.r > 0}
+        if not used:
+            raise PlanError("every rank of the plan is 0; there is nothing to draw")
         r_max = max(like.r_max, *like.ranks.values())  # a plan edited by hand may exceed its k
-        drawn = _random_ranks(costs, like.parameters, r_max, np.random.default_rng(seed))
-        ranks.update(zip(names, drawn, strict=True))
+        most = [min(r_max, e.in_features, e.out_features) for e in used.values()]
+        costs = [entry.cost for entry in used.values()]
+        drawn = _random_ranks(costs, most, like.parameters, np.random.default_rng(seed))
+        ranks = dict.fromkeys(like.modules, 0) | dict(zip(used, drawn, strict=True))
         source = like.provenance.get("method")
         return like.with_ranks(ranks, method="random", seed=seed, like=source)
 
@@ -196,7 +198,7 @@ class RankPlan:
         return LoraConfig(
             r=common,
             lora_alpha=_tidy(self.scaling * common),
-            target_modules=list(ranks),
+            target_modules=_targets(list(ranks)),
             rank_pattern=others,
             alpha_pattern={name: _tidy(self.scaling * r) for name, r in others.items()},
             **kwargs,
@@ -280,7 +282,7 @@ class RankPlan:
     def from_json(cls, text: str) -> "RankPlan":
         """The inverse of `to_json`. Raises PlanError with the entry's name."""
         try:
-            raw = json.loads(text)
+            raw = json.loads(text, object_pairs_hook=_once)
         except json.JSONDecodeError as error:
             raise PlanError(f"not JSON: {error}") from error
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
@@ -291,11 +293,14 @@ class RankPlan:
         modules = raw.get("modules")
         if not isinstance(modules, dict):
             raise PlanError('"modules" is missing or not an object')
+        provenance = raw.get("provenance") or {}
+        if not isinstance(provenance, dict):
+            raise PlanError(f'"provenance" is {provenance!r}; it has to be an object')
         plan = cls(
             modules={name: _entry(name, value) for name, value in modules.items()},
             r_max=raw.get("r_max", 0),
             scaling=raw.get("scaling", 0),
-            provenance=raw.get("provenance") or {},
+            provenance=provenance,
         )
         _validate(plan)
         return plan
@@ -314,16 +319,25 @@ def _entry(name: str, value: Any) -> Entry:
             raise PlanError(
                 f'entry {name!r}: "{key}" is {number!r}; it has to be an integer >= {least}'
             )
-    rows, gate = value.get("rows"), value.get("gate")
+    rows, gate, module = value.get("rows"), value.get("gate"), value.get("module", name)
+    if not isinstance(module, str):
+        raise PlanError(f'entry {name!r}: "module" is {module!r}; it has to be a name')
     if rows is not None and (
-        not isinstance(rows, list) or len(rows) != 2 or rows[1] - rows[0] != value["out"]
+        not isinstance(rows, list)
+        or len(rows) != 2
+        or not all(isinstance(row, int) and not isinstance(row, bool) for row in rows)
+        or rows[1] - rows[0] != value["out"]
     ):
         raise PlanError(f'entry {name!r}: "rows" is {rows!r}; it has to be [start, start + out]')
+    if gate is not None and (
+        not isinstance(gate, list) or not all(isinstance(g, int | float) for g in gate)
+    ):
+        raise PlanError(f'entry {name!r}: "gate" is {gate!r}; it has to be a list of numbers')
     return Entry(
         r=value["r"],
         in_features=value["in"],
         out_features=value["out"],
-        module=value.get("module", name),
+        module=module,
         rows=None if rows is None else (rows[0], rows[1]),
         gate=None if gate is None else tuple(float(g) for g in gate),
     )
@@ -347,6 +361,21 @@ def _validate(plan: RankPlan) -> None:
             )
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a name that is there twice, which JSON would let the last one win, refused."""
+    for name, count in Counter(name for name, _ in pairs).items():
+        if count > 1:
+            raise PlanError(f"{name!r} is there twice; leave one")
+    return dict(pairs)
+
+
+def _targets(names: list[str]) -> list[str] | str:
+    """PEFT takes each name as an ending; where one name ends another, a regex of whole names."""
+    if any(f".{other}" in f".{name}" and name != other for name in names for other in names):
+        return "|".join(re.escape(name) for name in names)
+    return names
+
+
 def _exact(name: str) -> str:
     """PEFT reads pattern keys as regular expressions, `(.*\\.)?(key)$`: match this name alone."""
     return f"^{re.escape(name)}"
@@ -357,31 +386,53 @@ def _tidy(number: float) -> int | float:
     return int(number) if float(number).is_integer() else number
 
 
-def _random_ranks(costs: list[int], budget: int, r_max: int, rng: np.random.Generator) -> list[int]:
-    """Ranks in [1, r_max], Σ rank x cost = budget, uniform over all such lists.
+def _random_ranks(
+    costs: list[int], most: list[int], budget: int, rng: np.random.Generator
+) -> list[int]:
+    """Ranks in [1, most], Σ rank x cost = budget, uniform over all such lists.
 
-    ways[i][b] is the number of ways to spend b on the modules from i on; each rank is then drawn in
-    proportion to the ways that are left after it. Rows are rescaled: only ratios within one count.
+    likely[i][b] is the probability that modules from i on cost b in all if each rank is drawn
+    alone, with weights exp(-tilt x rank x cost). Given the sum, that is uniform whatever the tilt;
+    the tilt that makes the budget the expected cost keeps the numbers far from underflow.
     """
     unit = reduce(gcd, costs)
-    steps = [cost // unit for cost in costs]
+    steps = np.array([cost // unit for cost in costs])
     total = budget // unit
-    ways = [np.zeros(total + 1) for _ in range(len(steps) + 1)]
-    ways[-1][0] = 1.0
+    tilt = _tilt(steps, most, total)
+    weights = [_weights(step, top, tilt) for step, top in zip(steps, most, strict=True)]
+    likely = [np.zeros(total + 1) for _ in range(len(steps) + 1)]
+    likely[-1][0] = 1.0
     for i in range(len(steps) - 1, -1, -1):
-        for r in range(1, r_max + 1):
-            spent = r * steps[i]
-            if spent <= total:
-                ways[i][spent:] += ways[i + 1][: total + 1 - spent]
-        ways[i] /= max(ways[i].max(), 1e-300)
+        for r, weight in enumerate(weights[i], 1):
+            if (spent := r * steps[i]) <= total:
+                likely[i][spent:] += weight * likely[i + 1][: total + 1 - spent]
     ranks = []
     for i, step in enumerate(steps):
-        weights = np.array(
-            [
-                ways[i + 1][total - r * step] if r * step <= total else 0.0
-                for r in range(1, r_max + 1)
-            ]
-        )
-        ranks.append(int(rng.choice(r_max, p=weights / weights.sum())) + 1)
+        after = [
+            likely[i + 1][total - r * step] if r * step <= total else 0.0
+            for r in range(1, most[i] + 1)
+        ]
+        p = weights[i] * after
+        ranks.append(int(rng.choice(most[i], p=p / p.sum())) + 1)
         total -= ranks[-1] * step
     return ranks
+
+
+def _weights(step: int, most: int, tilt: float) -> np.ndarray:
+    exponents = -tilt * step * np.arange(1, most + 1)
+    weights = np.exp(exponents - exponents.max())
+    return weights / weights.sum()
+
+
+def _tilt(steps: np.ndarray, most: list[int], total: int) -> float:
+    """The tilt at which the expected cost is the budget, by bisection."""
+    kinds = Counter(zip(steps.tolist(), most, strict=True))
+    low, high = -60.0, 60.0
+    for _ in range(40):
+        tilt = (low + high) / 2
+        cost = sum(
+            count * step * float(_weights(step, top, tilt) @ np.arange(1, top + 1))
+            for (step, top), count in kinds.items()
+        )
+        low, high = (tilt, high) if cost > total else (low, tilt)
+    return (low + high) / 2

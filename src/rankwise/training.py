@@ -9,7 +9,6 @@ One optimizer step of a search (arXiv 2403.09113, Algorithm 1):
 """
 
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -106,8 +105,8 @@ def search(
     method = _method(method)
     with TemporaryDirectory() as scratch:
         args = args or _default_args(scratch)
-        args = _search_args(args, method)
-        data = _two_sets(train_dataset, validation_dataset, validation_fraction, args.seed)
+        args = search_args(args, method)
+        data = two_sets(train_dataset, validation_dataset, validation_fraction, args.seed)
         modules = gates.find_entries(model, target_modules, r)
         plan = RankPlan(modules, r_max=r, scaling=2.0 if lora_alpha is None else lora_alpha / r)
         lora = {"task_type": task_type or _task_type(model), "lora_dropout": lora_dropout}
@@ -126,9 +125,7 @@ def search(
                 provenance=provenance,
                 **trainer,
             )
-            started = time.perf_counter()
             trainer_.train(resume_from_checkpoint=checkpoint)
-            provenance["search_seconds_of_last_start"] = round(time.perf_counter() - started, 3)
             alphas = gates.values(gated)
     return _learned(plan, method, alphas, provenance)
 
@@ -251,10 +248,11 @@ class SearchTrainer(FiniteTrainer):
             loss = self._scaled_loss(model, inputs, num_items_in_batch)
             self._stop_unless_finite(loss.detach())
             self.accelerator.backward(loss)
+            loss = loss.detach()  # lets go of the graph before the passes that follow
             self._micro_batches.append(MicroBatch(inputs, num_items_in_batch, rng))
             if self.accelerator.sync_gradients:  # the last micro-batch of this optimizer step
                 self._set_meta_gradients(self.accelerator.unwrap_model(model))
-        return loss.detach()
+        return loss
 
     def _set_meta_gradients(self, model: nn.Module) -> None:
         """Replaces ∇_β L_train, which the backward pass left in β.grad, by the hypergradient."""
@@ -480,7 +478,18 @@ class TwoSets:
     validation: Any
 
 
-def _two_sets(train: Any, validation: Any, fraction: float, seed: int) -> TwoSets:
+def two_sets(train: Any, validation: Any, fraction: float, seed: int) -> TwoSets:
+    """D_tr and D_val: as given, or `train` cut in two by a seeded permutation.
+
+    Args:
+        train: rows with a length and an index.
+        validation: D_val where it is given, else None.
+        fraction: share of `train` that becomes D_val.
+        seed: of the permutation.
+
+    Raises:
+        DataError: an empty split, or rows that cannot be counted.
+    """
     if not hasattr(train, "__len__") or not hasattr(train, "__getitem__"):
         raise DataError(
             f"train_dataset is a {type(train).__name__}, which has no length or index; load it "
@@ -528,7 +537,7 @@ def _default_args(scratch: str) -> TrainingArguments:
     )
 
 
-def _search_args(args: TrainingArguments, method: AutoLoRA) -> TrainingArguments:
+def search_args(args: TrainingArguments, method: AutoLoRA) -> TrainingArguments:
     """The user's arguments, with what a two-level search needs; refused where it cannot work."""
     if args.fp16:
         raise RankwiseError(
@@ -592,9 +601,9 @@ def _provenance(
 
 
 def model_name(name_or_path: str) -> str:
-    """A hub id as it is; a folder by its last two parts, for the rest says more of the machine."""
+    """A hub id as it is; of a folder the last part, for the rest says more of the machine."""
     path = Path(name_or_path)
-    return "/".join(path.parts[-2:]) if path.is_dir() else name_or_path
+    return path.name if path.is_dir() else name_or_path
 
 
 def fingerprint(dataset: Any) -> str | None:

@@ -1,6 +1,7 @@
 """The command `rankwise`: one file a subcommand."""
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -33,11 +34,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         import_module(f"rankwise.cli.{argv[0]}").main(argv[1:])
     except RankwiseError as error:
-        _fail(str(error), 2)
+        _fail(_as_flags(" ".join(str(error).split())), 2)
     except DivergedError as error:
+        print(file=sys.stderr)  # the progress bar has not ended its line
         _fail(str(error), 1)
     except KeyboardInterrupt:
-        _fail("stopped; the same command with --resume_from_checkpoint goes on", 130)
+        again = argv[0] != "evaluate"
+        how = "; the same command with --resume_from_checkpoint goes on" if again else ""
+        print(file=sys.stderr)
+        _fail(f"stopped{how}", 130)
 
 
 def _usage() -> str:
@@ -63,6 +68,9 @@ def _quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # of loading weights; training keeps its own
+    from datasets import disable_progress_bars
+
+    disable_progress_bars()
     import warnings
 
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -71,3 +79,12 @@ def _quiet() -> None:
 def _fail(message: str, code: int) -> None:
     print(f"rankwise: {message}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def _as_flags(message: str) -> str:
+    """`text_column=` of a message about Python's arguments as the flag `--text_column`."""
+    return re.sub(
+        r"\b(kind|[a-z]+(?:_[a-z]+)+)=(?=(\w|'))?",
+        lambda m: f"--{m[1]}" + " " * bool(m[2]),
+        message,
+    )

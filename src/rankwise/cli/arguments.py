@@ -1,11 +1,13 @@
 """The command line's flags, as dataclasses, and how a YAML file and flags become them."""
 
+import json
+import math
 import sys
-from argparse import ArgumentDefaultsHelpFormatter
+from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
@@ -52,6 +54,7 @@ class DataArguments:
     test_file: str | None = _flag(None, "further rows to evaluate on")
     text_column: list[str] = _flags("column of the text, or two columns of a pair of texts")
     label_column: str | None = _flag(None, "column of the label")
+    label_names: list[str] = _flags("classes in the order of their numbers; without it, sorted")
     kind: Literal["classification", "regression", "tagging", "causal_lm"] | None = _flag(
         None, "what kind of task; without it, told from the columns"
     )
@@ -66,18 +69,26 @@ class DataArguments:
 
 
 @dataclass
+class LoraArguments:
+    """The adapters."""
+
+    _argument_group_name = "LoRA"
+
+    r: int = _flag(8, "rank: of a search the largest that it may give, of train the one of all")
+    lora_alpha: float | None = _flag(None, "LoRA's alpha at rank r; without it, 2 r")
+    lora_dropout: float = _flag(0.0, "dropout in front of the adapters")
+    target_modules: list[str] = _flags(
+        "modules to adapt, by name or suffix, or all-linear; without it, query and value"
+    )
+
+
+@dataclass
 class SearchArguments:
     """How ranks are chosen."""
 
     _argument_group_name = "search"
 
     method: str = _flag("autolora", "one of: " + ", ".join(METHODS))
-    r: int = _flag(8, "k: the largest rank that the search may give a module")
-    lora_alpha: float | None = _flag(None, "LoRA's alpha at rank r; without it, 2 r")
-    lora_dropout: float = _flag(0.0, "dropout in front of the adapters")
-    target_modules: list[str] = _flags(
-        "modules to adapt, by name or suffix, or all-linear; without it, query and value"
-    )
     validation_fraction: float = _flag(0.5, "share of the training rows that the gates learn on")
     gate_learning_rate: float = _flag(1e-3, "AdamW's learning rate of the gates")
     estimator: Literal["finite_difference", "exact", "first_order"] | None = _flag(
@@ -183,31 +194,55 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter):
         return ", ".join(options) + ("" if action.nargs == 0 else f" {shown}")
 
 
+class _Parser(HfArgumentParser):
+    """Its errors are one line like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RankwiseError(f"{message}; see {self.prog} --help")
+
+
 def parse(
     command: str, description: str, types: Sequence[type], argv: Sequence[str], **defaults: Any
 ) -> list[Any]:
     """Flags, over the YAML file of `--config`, over a command's own defaults, over the classes'.
 
     Raises:
-        RankwiseError: a config file that cannot be read, or a key in it that is no flag.
-        SystemExit: by argparse, for `--help` and for flags that it does not know.
+        RankwiseError: a flag or a key that is unknown, or a value that is none; a config file that
+            cannot be read.
+        SystemExit: by argparse, for `--help`.
     """
-    parser = HfArgumentParser(
+    parser = _Parser(
         types, prog=f"rankwise {command}", description=description, formatter_class=_HelpFormatter
     )
     parser.add_argument("--config", help="YAML file of flags; flags on the command line win")
     parser.set_defaults(**defaults)
+    actions = {action.dest: action for action in parser._actions}
+    if "training_arguments" in actions:
+        actions["training_arguments"].type = _json_object
     path = parser.parse_known_args(list(argv))[0].config
-    if path is not None:
-        known = {action.dest for action in parser._actions} - {"help", "config"}
-        parser.set_defaults(**_read_config(path, known))
-    # HfArgumentParser hands what belongs to no class back as one more namespace
-    return list(
-        parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)[: len(types)]
+    flags = [] if path is None else _config_flags(path, actions)
+    *parts, rest = parser.parse_args_into_dataclasses(
+        [*flags, *argv], look_for_args_file=False, return_remaining_strings=True
     )
+    if rest:
+        parser.error(f"unknown flag {rest[0]}")
+    parts = parts[: len(types)]  # what belongs to no class comes back as one more namespace
+    _check_ranges(parts)
+    return parts
 
 
-def _read_config(path: str, known: set[str]) -> dict[str, Any]:
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
+
+
+def _config_flags(path: str, actions: dict[str, Action]) -> list[str]:
+    """A YAML file as flags, so that its values are read and checked as those of flags are."""
     try:
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -218,9 +253,46 @@ def _read_config(path: str, known: set[str]) -> dict[str, Any]:
         raise RankwiseError(
             f"--config {path} holds a {type(config).__name__}; it has to map flags to values"
         )
-    if unknown := sorted(set(map(str, config)) - known):
-        raise RankwiseError(f"--config {path} has {unknown[0]!r}, which is no flag; see --help")
-    return config
+    flags = []
+    for key, value in config.items():
+        if key in ("help", "config") or key not in actions:
+            raise RankwiseError(f"--config {path} has {str(key)!r}, which is no flag; see --help")
+        several = actions[key].nargs == "+"
+        if isinstance(value, list) and not several:
+            raise RankwiseError(f"--config {path}: {key} is {value}; it takes one value")
+        if several and value not in (None, []):
+            flags += [f"--{key}", *map(_text, value if isinstance(value, list) else [value])]
+        elif not several and value is not None:
+            flags.append(f"--{key}={_text(value)}")
+    return flags
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, bool | dict) else str(value)
+
+
+_POSITIVE = (
+    "learning_rate search_learning_rate gate_learning_rate lora_alpha per_device_train_batch_size "
+    "per_device_eval_batch_size gradient_accumulation_steps max_length num_search_epochs"
+).split()
+
+
+def _check_ranges(parts: Sequence[Any]) -> None:
+    values = {key: value for part in parts for key, value in vars(part).items()}
+    for key in _POSITIVE:
+        value = values.get(key)
+        if value is not None and not 0 < value < math.inf:
+            raise RankwiseError(f"--{key} is {value}; it has to be a number > 0")
+    for key, low, high in (("lora_dropout", 0, 1), ("seed", 0, 2**32), ("lookahead", 0, math.inf)):
+        value = values.get(key)
+        if value is not None and not low <= value < high:
+            raise RankwiseError(f"--{key} is {value}; it has to be at least {low} and below {high}")
+    fraction = values.get("validation_fraction")
+    if fraction is not None and not 0 < fraction < 1:
+        raise RankwiseError(f"--validation_fraction is {fraction}; it has to lie between 0 and 1")
+    if values.get("max_steps", 1) <= 0 and not 0 < values["num_train_epochs"] < math.inf:
+        epochs = values["num_train_epochs"]
+        raise RankwiseError(f"--num_train_epochs is {epochs}; it has to be > 0")
 
 
 def required(value: Any, flag: str, command: str) -> Any:

@@ -21,7 +21,7 @@ TYPES = (AdapterArguments, ModelArguments, DataArguments, FitArguments)
 
 def main(argv: Sequence[str]) -> None:
     """Evaluate a PEFT adapter on labelled rows. Prints JSON on standard output."""
-    which, model, data, fit = parse("evaluate", main.__doc__ or "", TYPES, argv)
+    which, model, data, fit = parse("evaluate", main.__doc__ or "", TYPES, argv, max_length=None)
     folder = _adapter_folder(Path(required(which.adapter, "adapter", "evaluate")))
     config = _json(folder / "adapter_config.json")
     model.model_name_or_path = model.model_name_or_path or config.get("base_model_name_or_path")
@@ -29,10 +29,11 @@ def main(argv: Sequence[str]) -> None:
     options: dict[str, Any] = {}
     if about:  # the labels in the order that the adapter's head learned them
         options = {"label_names": about["label_names"], "kind": data.kind or about["kind"]}
-        data.max_length = min(data.max_length, about["max_length"]) if data.max_length else 128
+        data.max_length = data.max_length or about["max_length"]
         if data.task is None:
             options["text_column"] = data.text_column or about["text_columns"]
             options["label_column"] = data.label_column or about["label_column"]
+    data.max_length = data.max_length or 128
     job = stages.load_job(model, data, fit, "evaluate", **options)
     print(json.dumps(stages.evaluate_adapter(job, folder), indent=2))
 

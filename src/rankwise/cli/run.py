@@ -10,6 +10,7 @@ from rankwise.cli.arguments import (
     ControlArguments,
     DataArguments,
     FitArguments,
+    LoraArguments,
     ModelArguments,
     OutputArguments,
     SearchArguments,
@@ -24,6 +25,7 @@ from rankwise.report import print_table, verdict
 TYPES = (
     ModelArguments,
     DataArguments,
+    LoraArguments,
     SearchArguments,
     ControlArguments,
     FitArguments,
@@ -40,6 +42,7 @@ def run(
     command: str,
     model: ModelArguments,
     data: DataArguments,
+    lora: LoraArguments,
     search: SearchArguments,
     controls: ControlArguments,
     fit: FitArguments,
@@ -50,19 +53,19 @@ def run(
     wanted = _controls(controls)
     stages.search_method(search)
     job = stages.load_job(model, data, fit, command)
-    stages.train_rows(job)
-    stages.check_plan_possible(job, search)
+    stages.check_training(job)
+    stages.check_search(job, lora, search, controls.control_r)
     settings = {
-        k: v for part in (model, data, search, controls, fit) for k, v in asdict(part).items()
+        k: v for part in (model, data, lora, search, controls, fit) for k, v in asdict(part).items()
     }
     resume = output.resume_from_checkpoint
     work = open_workspace(target, output.overwrite_output_dir, resume, settings)
 
     count = 2 + len(wanted)
-    _stage(1, count, f"searching ranks 1 to {search.r} with {search.method}")
+    _stage(1, count, f"searching ranks 1 to {lora.r} with {search.method}")
     metrics: dict[str, Any] = {"command": command, **stages.describe_run(job)}
-    metrics |= {"search": asdict(search), "resumed": resume}
-    metrics |= stages.search_stage(job, search, work, resume)
+    metrics |= {"lora": asdict(lora), "search": asdict(search), "resumed": resume}
+    metrics |= stages.search_stage(job, lora, search, work, resume)
     plan = RankPlan.load(work / "plan.json")
     plans = {"plan": plan} | {
         name: _control_plan(name, plan, controls.control_r, fit.seed) for name in wanted
@@ -71,7 +74,7 @@ def run(
     for i, (name, arm) in enumerate(plans.items()):
         what = "the searched ranks" if name == "plan" else _label(name, arm)
         _stage(2 + i, count, f"training {what} from scratch on all training rows")
-        results[name] = stages.train_stage(job, arm, work, name, resume, search.lora_dropout)
+        results[name] = stages.train_stage(job, arm, work, name, resume, lora.lora_dropout)
     metrics |= results.pop("plan")
     for name, figures in results.items():
         plans[name].save(work / "controls" / f"{name}.json")

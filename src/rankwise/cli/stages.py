@@ -1,11 +1,12 @@
 """The stages that the subcommands are made of: rows, search, training and evaluation, report."""
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,16 +22,18 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import get_reporting_integration_callbacks
 
 from rankwise import tasks, training
 from rankwise.cli.arguments import (
     DataArguments,
     FitArguments,
+    LoraArguments,
     ModelArguments,
     SearchArguments,
     required,
 )
-from rankwise.errors import DataError, ModelError, RankwiseError
+from rankwise.errors import DataError, DivergedError, ModelError, RankwiseError
 from rankwise.files import write_json
 from rankwise.gates import find_entries
 from rankwise.methods import METHODS, AutoLoRA
@@ -65,8 +69,6 @@ def load_job(
         **task: overrides for `tasks.load_task` (an adapter's own labels).
     """
     name = required(model.model_name_or_path, "model_name_or_path", command)
-    if data.max_length < 1:
-        raise DataError(f"max_length is {data.max_length}; it has to be at least 1")
     options: dict[str, Any] = {
         "data_dir": data.data_dir,
         "train_file": data.train_file,
@@ -74,6 +76,7 @@ def load_job(
         "test_file": data.test_file,
         "text_column": data.text_column or None,
         "label_column": data.label_column,
+        "label_names": data.label_names or None,
         "kind": data.kind,
         "max_train_samples": data.max_train_samples,
         "max_eval_samples": data.max_eval_samples,
@@ -138,17 +141,21 @@ def search_method(search: SearchArguments) -> AutoLoRA:
     return replace(METHODS[search.method], **changes)
 
 
-def target_modules(search: SearchArguments) -> list[str] | str | None:
+def target_modules(lora: LoraArguments) -> list[str] | str | None:
     """What `find_entries` takes: None, a list, or the one word that is not a module's name."""
-    if search.target_modules == ["all-linear"]:
+    if lora.target_modules == ["all-linear"]:
         return "all-linear"
-    return search.target_modules or None
+    return lora.target_modules or None
 
 
 def training_arguments(job: Job, folder: Path, **changes: Any) -> TrainingArguments:
     """transformers' TrainingArguments of the flags."""
     fit = asdict(job.fit)
     extra = fit.pop("training_arguments") or {}
+    defaults = {f.name: f.default for f in fields(TrainingArguments)}
+    for key, value in extra.items():
+        if isinstance(defaults.get(key), int | float) and not isinstance(value, int | float):
+            raise RankwiseError(f"--training_arguments: {key} is {value!r}; it has to be a number")
     if fit.pop("group_by_length"):
         fit["train_sampling_strategy"] = "group_by_length"
     common = {
@@ -164,7 +171,9 @@ def training_arguments(job: Job, folder: Path, **changes: Any) -> TrainingArgume
         raise RankwiseError(f"TrainingArguments: {' '.join(str(error).split())}") from error
 
 
-def search_stage(job: Job, search: SearchArguments, work: Path, resume: bool) -> dict[str, Any]:
+def search_stage(
+    job: Job, lora: LoraArguments, search: SearchArguments, work: Path, resume: bool
+) -> dict[str, Any]:
     """Searches ranks and writes plan.json; figures only, where a resumed run has it already."""
     figures = work / "search" / "figures.json"
     if figures.exists():
@@ -185,10 +194,10 @@ def search_stage(job: Job, search: SearchArguments, work: Path, resume: bool) ->
             train_rows(job),
             method=search_method(search),
             validation_fraction=search.validation_fraction,
-            r=search.r,
-            lora_alpha=search.lora_alpha,
-            lora_dropout=search.lora_dropout,
-            target_modules=target_modules(search),
+            r=lora.r,
+            lora_alpha=lora.lora_alpha,
+            lora_dropout=lora.lora_dropout,
+            target_modules=target_modules(lora),
             task_type=job.task.task_type,
             args=args,
             resume_from_checkpoint=resume and training.last_checkpoint(folder) is not None,
@@ -253,6 +262,11 @@ def train_rows(job: Job) -> Dataset:
 def evaluate(job: Job, trainer: Trainer) -> dict[str, Any]:
     """The task's metrics on the evaluation rows, by their own names."""
     raw = trainer.evaluate(job.eval)
+    if not math.isfinite(raw["eval_loss"]):
+        raise DivergedError(
+            f"the loss on the {job.eval_split} rows is {raw['eval_loss']} after training; lower "
+            f"--learning_rate (now {job.fit.learning_rate:g})"
+        )
     found = {name: raw[f"eval_{name}"] for name in job.task.metrics if f"eval_{name}" in raw}
     return {"split": job.eval_split, "rows": len(job.eval), "loss": raw["eval_loss"], **found}
 
@@ -261,7 +275,7 @@ def evaluate_adapter(job: Job, adapter: Path) -> dict[str, Any]:
     """The metrics of a PEFT adapter on disk."""
     try:
         model = PeftModel.from_pretrained(fresh_model(job), str(adapter))
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"cannot load the adapter {adapter}: {str(error).splitlines()[0]}"
         ) from error
@@ -293,8 +307,8 @@ def write_results(
     """adapter/ with its card, ranks.png and metrics.json."""
     adapter = work / "arms" / "plan" / "adapter"
     if adapter.exists():
+        write_card(adapter, plan, metrics, job.task, arms)
         adapter.replace(work / "adapter")
-        write_card(work / "adapter", plan, metrics, job.task, arms)
     save_heatmap(plan, work / "ranks.png")
     write_json(work / "metrics.json", metrics)
 
@@ -312,9 +326,45 @@ def describe_run(job: Job) -> dict[str, Any]:
     }
 
 
-def check_plan_possible(job: Job, search: SearchArguments) -> None:
-    """Finds wrong targets before the rows of a long search are touched."""
-    find_entries(fresh_model(job), target_modules(search), search.r)
+def check_search(
+    job: Job, lora: LoraArguments, search: SearchArguments, control_r: int | None = None
+) -> None:
+    """Finds what is wrong with a search before there is an output folder or a step of it."""
+    method = search_method(search)
+    training.search_args(training_arguments(job, Path("unused")), method)
+    training.two_sets(train_rows(job), None, search.validation_fraction, job.fit.seed)
+    model = fresh_model(job)
+    for r in (lora.r, control_r):
+        if r is not None:
+            find_entries(model, target_modules(lora), r)
+
+
+def check_training(job: Job) -> None:
+    """The same for training: rows that fit the model, arguments that transformers takes."""
+    longest = max(map(len, train_rows(job)["input_ids"]))
+    most = _positions(fresh_model(job))
+    if most is not None and longest > most:
+        raise DataError(
+            f"--max_length is {job.data.max_length} and the longest row {longest} tokens, but the "
+            f"model takes {most}; give at most that"
+        )
+    args = training_arguments(job, Path("unused"))
+    try:
+        get_reporting_integration_callbacks(args.report_to)
+    except (ValueError, RuntimeError) as error:
+        raise RankwiseError(f"--report_to: {' '.join(str(error).split())}") from error
+
+
+def _positions(model: torch.nn.Module) -> int | None:
+    """Tokens that a table of absolute positions has rows for; None where there is no such table."""
+    for name, module in model.named_modules():
+        leaf = name.rpartition(".")[2]
+        if leaf in ("position_embeddings", "wpe") and isinstance(module, torch.nn.Embedding):
+            # RoBERTa counts positions from the padding's on
+            return module.num_embeddings - (
+                0 if module.padding_idx is None else module.padding_idx + 1
+            )
+    return None
 
 
 def _head_parameters(model: torch.nn.Module) -> int:

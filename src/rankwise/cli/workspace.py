@@ -34,10 +34,17 @@ def open_workspace(
         CheckpointError: nothing to resume, or a run with other settings.
     """
     target = Path(output_dir)
+    if target.name in ("", ".."):
+        raise OutputError(f"--output_dir {output_dir!r} has no name of its own; give a new folder")
     work = target.with_name(target.name + ".partial")
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target} is a file; give a folder as --output_dir")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
+    filled = target.is_dir() and any(target.iterdir())
+    if filled and overwrite and not (target / "metrics.json").is_file():
+        raise OutputError(
+            f"{target} holds no results of rankwise; empty it yourself, or give another"
+        )
+    if filled and not overwrite:
         raise OutputError(
             f"{target} is not empty; give another --output_dir, or replace what is there by "
             "--overwrite_output_dir"
@@ -78,13 +85,10 @@ def _check_settings(work: Path, settings: dict[str, Any]) -> None:
 
 
 def finish(work: Path, output_dir: str) -> Path:
-    """Drops what only a resumed run would need, and renames the work folder to its public name."""
-    for scratch in ("search", "arms", "settings.json"):
-        path = work / scratch
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    """Renames the work folder to its public name, and drops what only a resumed run would need."""
     target = Path(output_dir)
     replace_folder(work, target)
+    (target / "settings.json").unlink(missing_ok=True)
+    for scratch in ("search", "arms"):
+        shutil.rmtree(target / scratch, ignore_errors=True)
     return target

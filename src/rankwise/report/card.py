@@ -36,9 +36,8 @@ def write_card(
     body = [
         f"# LoRA adapter for {model} on {task.name}",
         "",
-        "A stock PEFT adapter: load it with `PeftModel.from_pretrained(base, folder)`. Its ranks",
-        f"differ by layer ({plan.parameters:,} LoRA parameters) and were chosen by "
-        f"{_method(plan)} with rankwise.",
+        "A stock PEFT adapter: load it with `PeftModel.from_pretrained(base, folder)`.",
+        _choice(plan),
         "",
         "## Ranks",
         "",
@@ -56,6 +55,16 @@ def write_card(
         "",
     ]
     write_text(folder / "README.md", "\n".join(header + body))
+
+
+def _choice(plan: RankPlan) -> str:
+    ranks = set(plan.ranks.values())
+    if plan.provenance.get("method") == "uniform":
+        return f"Every adapted module has rank {ranks.pop()} ({plan.parameters:,} LoRA parameters)."
+    return (
+        f"Its ranks differ by layer ({plan.parameters:,} LoRA parameters) and were chosen by "
+        f"{_method(plan)} with rankwise."
+    )
 
 
 def _method(plan: RankPlan) -> str:

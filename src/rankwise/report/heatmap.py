@@ -65,7 +65,7 @@ def grid(plan: RankPlan) -> tuple[list[str], list[str], list[list[int | None]]]:
     for name in plan.modules:
         found = re.search(r"(?:^|\.)(\d+)\.", name)
         layer = found.group(1) if found else "-"
-        places.append((layer, name[found.end() :] if found else name))
+        places.append((layer, f"{name[: found.start()]}.{name[found.end() :]}" if found else name))
     short = _shortest({rest for _, rest in places})
     layers = list(dict.fromkeys(layer for layer, _ in places))
     matrices = list(dict.fromkeys(short[rest] for _, rest in places))

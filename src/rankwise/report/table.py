@@ -55,7 +55,9 @@ def verdict(arms: dict[str, dict[str, Any]], task: Task) -> str:
     lines = []
     for name, figures in controls:
         gain = sign * (ours["eval"][metric] - figures["eval"][metric])
-        if gain <= 0:
+        if gain != gain:
+            lines.append(f"{name}: {metric} is not a number, which says nothing about ranks.")
+        elif gain <= 0:
             how = "as well" if gain == 0 else f"better by {-gain:.4f}"
             lines.append(f"{name} did {how} in {metric}: choosing ranks did not help here.")
         else:

@@ -243,6 +243,7 @@ def _columns(items: Iterable[tuple[int, Any]], path: Path, unit: str) -> Rows:
 
 
 def _read_csv(path: Path) -> Rows:
+    csv.field_size_limit(2**31 - 1)  # the default takes a long text for a broken file
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file)
         try:

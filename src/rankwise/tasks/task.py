@@ -343,6 +343,11 @@ def load_tokenizer(
         )
     except _LOAD_ERRORS as error:
         raise _not_loaded("tokenizer", model_name_or_path, error) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ModelError(
+            f"{str(model_name_or_path)!r} has no vocabulary: no tokenizer.json or the like; "
+            "save the tokenizer beside the model"
+        )
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ModelError(
