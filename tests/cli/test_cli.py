@@ -652,7 +652,7 @@ def test_a_file_that_sets_nothing(tmp_path, config):
 def test_files_with_nonsense(base, tmp_path, capsys, config, words):
     (tmp_path / "c.yaml").write_text(config)
     given = {line.split(":")[0] for line in config.splitlines()}
-    flags = [flag for flag in base if flag.split("=")[0][2:] not in given]
+    flags = [flag for flag in base if flag != "--r=4" or "r" not in given]
     for key in given & {"max_steps", "use_cpu", "model_name_or_path"}:
         at = flags.index(f"--{key}")
         del flags[at : at + (1 if key == "use_cpu" else 2)]
