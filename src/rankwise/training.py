@@ -545,7 +545,7 @@ def search_args(args: TrainingArguments, method: AutoLoRA) -> TrainingArguments:
         )
     if args.n_gpu > 1:
         raise RankwiseError(
-            f"{args.n_gpu} GPUs in one process; start with `accelerate launch` instead"
+            f"{args.n_gpu} GPUs in one process; use `accelerate launch`, or CUDA_VISIBLE_DEVICES=0"
         )
     if args.fsdp or args.deepspeed:
         raise RankwiseError("a search shards no parameters; run it without fsdp and deepspeed")

@@ -939,3 +939,8 @@ def test_evaluate_prints_nothing_but_json(trained, rows_dir, capsys):
     main([*argv, "--max_eval_samples", "3"])
     assert json.loads(capsys.readouterr().out)["rows"] == 3
     assert [path.name for path in trained.parent.iterdir()] == ["out"]
+
+
+def test_several_processes_are_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(capsys, ["run"], "one process", "rankwise.search")

@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if argv[0] not in COMMANDS:
         _fail(f"no command {argv[0]!r}; there are {', '.join(COMMANDS)}", 2)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _fail("the command line runs in one process; under a launcher call rankwise.search", 2)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _quiet()
     from rankwise.errors import DivergedError, RankwiseError

@@ -188,10 +188,13 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter):
         options = [o for o in action.option_strings if "_" in o or "-" not in o.lstrip("-")]
         if not options:
             return super()._format_action_invocation(action)
-        shown = action.metavar or action.dest.upper()
         if action.choices:
             shown = "{" + ",".join(map(str, action.choices)) + "}"
-        return ", ".join(options) + ("" if action.nargs == 0 else f" {shown}")
+        else:
+            shown = {int: "N", float: "X"}.get(action.type, "VALUE")  # type: ignore[call-overload]
+        if action.nargs in (0, "?"):  # on and off
+            return ", ".join(options)
+        return ", ".join(options) + f" {shown}" + (" ..." if action.nargs == "+" else "")
 
 
 class _Parser(HfArgumentParser):
@@ -212,7 +215,11 @@ def parse(
         SystemExit: by argparse, for `--help`.
     """
     parser = _Parser(
-        types, prog=f"rankwise {command}", description=description, formatter_class=_HelpFormatter
+        types,
+        prog=f"rankwise {command}",
+        usage=f"rankwise {command} [--flag value ...]",
+        description=description,
+        formatter_class=_HelpFormatter,
     )
     parser.add_argument("--config", help="YAML file of flags; flags on the command line win")
     parser.set_defaults(**defaults)

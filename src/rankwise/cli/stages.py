@@ -166,7 +166,9 @@ def training_arguments(job: Job, folder: Path, **changes: Any) -> TrainingArgume
         "dataloader_pin_memory": not job.fit.use_cpu and torch.cuda.is_available(),
     }
     try:
-        return TrainingArguments(**(common | fit | extra | changes))
+        args = TrainingArguments(**(common | fit | extra | changes))
+        args._n_gpu = min(args.n_gpu, 1)  # several visible GPUs would mean DataParallel
+        return args
     except (TypeError, ValueError) as error:
         raise RankwiseError(f"TrainingArguments: {' '.join(str(error).split())}") from error
 
