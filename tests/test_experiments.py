@@ -1,4 +1,4 @@
-"""The recipes: what their statistics mean, and that the README's tables are those of the results."""
+"""The recipes: what their statistics mean, and that README.md has the tables of the results."""
 
 import importlib.util
 import json

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -307,8 +306,3 @@ def required(value: Any, flag: str, command: str) -> Any:
     if value is None:
         raise RankwiseError(f"rankwise {command} needs --{flag}; see rankwise {command} --help")
     return value
-
-
-def invocation() -> str:
-    """The command as it was typed, for the model card."""
-    return " ".join(["rankwise", *sys.argv[1:]])
