@@ -73,7 +73,7 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "seeds": [run["training"]["seed"] for run in runs],
         "eval_rows": runs[0]["eval"]["rows"],
         "train_rows": runs[0]["train_rows"],
-        "search_steps_learning_rate": runs[0]["training"]["learning_rate"],
+        "learning_rate": runs[0]["training"]["learning_rate"],
         "score": {arm: spread(values) for arm, values in score.items()},
         "gain_over": gain,
         "parameters": {
@@ -83,9 +83,6 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "mean_rank": spread([run["mean_rank"] for run in runs]),
         "lowest_rank": min(min(run["ranks"].values()) for run in runs),
         "highest_rank": max(max(run["ranks"].values()) for run in runs),
-        "search_over_train_seconds": spread(
-            [run["search_seconds"] / run["train_seconds"] for run in runs]
-        ),
         "agreement": agreement([list(run["ranks"].values()) for run in runs]),
     }
 
