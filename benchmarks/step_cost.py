@@ -235,7 +235,7 @@ def make_trainer(name: str, count: int, scratch: str) -> FiniteTrainer:
         method=method,
         train_dataset=train,
         validation_dataset=random_rows(1),
-        provenance={},
+        configuration={},
     )
 
 

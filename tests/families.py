@@ -1,6 +1,7 @@
 """Tiny random models of each family, and batches for them. No weights, no downloads."""
 
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -81,7 +82,8 @@ FAMILIES = [
 
 
 def family(name: str) -> Family:
-    return next(f for f in FAMILIES if f.name == name)
+    found = next(f for f in FAMILIES if f.name == name)
+    return replace(found, config=deepcopy(found.config))  # tests change it
 
 
 def rows(of: Family, count: int = 24, seed: int = 0) -> Dataset:

@@ -77,7 +77,7 @@ def searched(of: Family, method_name: str, folder: Path):
         method=method,
         train_dataset=rows(of),
         validation_dataset=rows(of, seed=2),
-        provenance={},
+        configuration={},
         data_collator=default_data_collator,
     ).train()
     with torch.no_grad():  # far apart, so that a wrong order of pieces would show

@@ -535,3 +535,29 @@ def test_a_fused_plan_is_built_in_its_rows(bert):
     assert b.shape == (32, 2)
     assert b.grad[:16].abs().sum() > 0
     assert b.grad[16:].abs().sum() == 0
+
+
+def test_a_module_edited_to_rank_0_is_left_out_though_its_name_ends_like_another():
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = torch.nn.Linear(8, 8)
+
+    class Two(Block):
+        def __init__(self):
+            super().__init__()
+            self.block = Block()
+
+    entries = {
+        "lin": Entry(2, 8, 8, module="lin"),
+        "block.lin": Entry(0, 8, 8, module="block.lin"),
+    }
+    plan = RankPlan(entries, r_max=4)
+    plan.check(get_peft_model(Two(), plan.lora_config()))
+
+
+def test_a_plan_with_a_gate_that_is_no_number_is_not_written(tmp_path):
+    entries = {"q": Entry(1, 8, 8, module="q", gate=(float("nan"), 0.5))}
+    with pytest.raises(ValueError):
+        RankPlan(entries, r_max=2).save(tmp_path / "plan.json")
+    assert not list(tmp_path.iterdir())

@@ -9,7 +9,7 @@ from rankwise.errors import (
     PlanError,
     RankwiseError,
 )
-from rankwise.gates import build
+from rankwise.gates import attach, bake, build
 from rankwise.methods import METHODS, AutoLoRA
 from rankwise.plan import Entry, RankPlan
 from rankwise.training import search, train
@@ -28,6 +28,8 @@ __all__ = [
     "PlanError",
     "RankPlan",
     "RankwiseError",
+    "attach",
+    "bake",
     "build",
     "search",
     "train",

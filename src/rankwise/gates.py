@@ -33,9 +33,9 @@ ADAPTER = "default"
 # Fused projections: leaf name -> names of its equal parts along the output, in order.
 FUSED = {"c_attn": ("q", "k", "v")}
 
-# The heads that PEFT trains whole, and therefore never adapts, for these two kinds of model.
-HEADS = ("classifier", "score")
-HEADED = ("ForSequenceClassification", "ForTokenClassification")
+# The heads that PEFT trains whole, and therefore never adapts, for these kinds of model.
+HEADS = ("classifier", "score", "qa_outputs")
+HEADED = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 # PEFT's default for GPT-2 is the whole of c_attn; the paper adapts query and value.
 DEFAULT_PARTS = {"gpt2": ["c_attn.q", "c_attn.v"]}
@@ -101,8 +101,8 @@ def find_entries(
     Raises:
         ModelError: r < 1, a target that matches nothing, a model that has adapters already.
     """
-    if r < 1:
-        raise ModelError(f"r is {r}; a rank has to be at least 1")
+    if not isinstance(r, int) or r < 1:
+        raise ModelError(f"r is {r!r}; a rank has to be an integer of at least 1")
     if any(isinstance(module, LoraLayer) for module in model.modules()):
         raise ModelError("the model already has LoRA layers; pass the base model (model.unload())")
     targets = _targets(model, target_modules)
@@ -112,7 +112,7 @@ def find_entries(
         if (shape := _shape(module)) is None or _in_head(model, name):
             continue
         parts = _parts(name, module)
-        for part, rows in [(None, None), *parts]:
+        for part, rows in [(None, None), *([] if isinstance(targets, str) else parts)]:
             full = name if part is None else f"{name}.{part}"
             if hits := _matches(full, targets):
                 used.update(hits)
@@ -142,7 +142,8 @@ def build(model: nn.Module, plan: RankPlan, **lora: Any) -> PeftModel:
     For plans without fused modules it is the same as
     `get_peft_model(model, plan.lora_config(...))` followed by `plan.check(...)`. For a fused module
     it moreover lets each rank-1 piece reach the rows of its own part only: B starts at zero there,
-    and a hook on its gradient keeps it there, in any trainer that calls `backward()`.
+    and a hook on its gradient keeps it there, in any trainer that calls `backward()` on this very
+    model (a deep copy loses its hooks).
 
     Args:
         model: base model.
@@ -154,17 +155,35 @@ def build(model: nn.Module, plan: RankPlan, **lora: Any) -> PeftModel:
     """
     check_fits(model, plan)
     peft_model = get_peft_model(model, plan.lora_config(**lora))
-    plan.check(peft_model)
+    try:
+        plan.check(peft_model)
+    except PlanError:
+        peft_model.unload()
+        raise
     for name, entries in _by_module(plan).items():
         weight = _b_weight(_layers(peft_model)[name])
         if (mask := _mask(entries, weight)) is not None:
-            weight.register_hook(lambda grad, mask=mask: grad * mask.to(grad))
+            weight.register_hook(_masking(mask))
     return peft_model
+
+
+def _masking(mask: Tensor) -> Callable[[Tensor], Tensor]:
+    """A gradient hook that multiplies by the mask, brought to the gradient's device once."""
+    there = {mask.device: mask}
+
+    def masked(grad: Tensor) -> Tensor:
+        if grad.device not in there:
+            there[grad.device] = mask.to(grad.device)
+        return grad * there[grad.device].to(grad.dtype)
+
+    return masked
 
 
 def check_fits(model: nn.Module, plan: RankPlan) -> None:
     """Raises PlanError, naming the entry, where the plan is not one for this base model."""
     modules = dict(model.named_modules())
+    if any(isinstance(module, LoraLayer) for module in modules.values()):
+        raise ModelError("the model already has LoRA layers; pass the base model (model.unload())")
     for name, entry in plan.modules.items():
         if entry.module not in modules or (shape := _shape(modules[entry.module])) is None:
             raise PlanError(
@@ -265,10 +284,12 @@ def bake(model: PeftModel, keep: Mapping[str, list[int]] | None = None) -> None:
             }
 
 
-def realised(model: PeftModel, adapter_name: str = ADAPTER) -> dict[str, tuple[int, float]]:
-    """(r, scaling) of every adapted layer of a built PEFT model, by base module name."""
+def realised(
+    model: PeftModel, adapter_name: str = ADAPTER
+) -> dict[str, tuple[int, float, tuple[int, int] | None]]:
+    """(r, scaling, (in, out)) of every adapted layer of a built PEFT model, by base module name."""
     return {
-        name: (layer.r[adapter_name], layer.scaling[adapter_name])
+        name: (layer.r[adapter_name], layer.scaling[adapter_name], _shape(layer.get_base_layer()))
         for name, layer in _layers(model, adapter_name).items()
     }
 
@@ -281,9 +302,11 @@ def adapted(model: nn.Module, plan: RankPlan, **lora: Any) -> Iterator[PeftModel
     head and the `requires_grad` flags are put back, and checkpointing that a Trainer switched on
     for the block is switched off.
     """
-    checkpointing = getattr(model, "is_gradient_checkpointing", False)
+    checkpointing = _checkpointing(model)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     training = model.training
+    config = getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
     peft_model = build(model, plan, **lora)
     heads = {
         name.removeprefix("base_model.model."): module.original_module
@@ -299,9 +322,18 @@ def adapted(model: nn.Module, plan: RankPlan, **lora: Any) -> Iterator[PeftModel
             setattr(model.get_submodule(parent), leaf, head)
         for name, p in model.named_parameters():
             p.requires_grad_(flags[name])
-        if not checkpointing and getattr(model, "is_gradient_checkpointing", False):
+        if not checkpointing and _checkpointing(model):
             cast(Any, model).gradient_checkpointing_disable()
+            cast(Any, model).disable_input_require_grads()
+        if use_cache is not None:  # Trainer switches the key-value cache off
+            cast(Any, config).use_cache = use_cache
         model.train(training)
+
+
+def _checkpointing(model: nn.Module) -> bool:
+    """Whether activations are recomputed; transformers is renaming the property."""
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")
+    return next((getattr(model, name) for name in names if hasattr(type(model), name)), False)
 
 
 def _layers(model: PeftModel, adapter_name: str = ADAPTER) -> dict[str, LoraLayer]:
@@ -358,7 +390,8 @@ def _shrink(layer: LoraLayer, kept: list[int]) -> None:
         for module, side in ((a, "out"), (b, "in")):
             kind = "channels" if isinstance(module, nn.Conv2d) else "features"
             setattr(module, f"{side}_{kind}", len(kept))
-    alpha = layer.scaling[ADAPTER] * len(kept)
+    rooted = layer.use_rslora[ADAPTER]  # its scaling is alpha over the root of r
+    alpha = layer.scaling[ADAPTER] * (len(kept) ** 0.5 if rooted else len(kept))
     layer.r[ADAPTER] = len(kept)
     layer.lora_alpha[ADAPTER] = int(alpha) if float(alpha).is_integer() else alpha
 
@@ -430,14 +463,17 @@ def _targets(model: nn.Module, target_modules: list[str] | str | None) -> list[s
 
 
 def _matches(name: str, targets: list[str] | str) -> list[str]:
-    """The targets that name this module, by PEFT's rules: a whole regex, or dotted suffixes."""
+    """The targets that name this module, by PEFT's rules: a whole regex, or dotted suffixes.
+
+    A regex names modules, not the parts that only rankwise knows of.
+    """
     if isinstance(targets, str):
         return [targets] if re.fullmatch(targets, name) else []
     return [t for t in targets if name == t or name.endswith(f".{t}")]
 
 
 def _in_head(model: nn.Module, name: str) -> bool:
-    return type(model).__name__.endswith(HEADED) and any(p in HEADS for p in name.split("."))
+    return type(model).__name__.endswith(HEADED) and any(p.endswith(HEADS) for p in name.split("."))
 
 
 def _candidates(model: nn.Module) -> str:

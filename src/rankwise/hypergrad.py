@@ -176,9 +176,10 @@ def _moved(tensors: Sequence[Tensor], direction: Sequence[Tensor], step: float) 
     """
     with torch.no_grad():
         before = [t.detach().clone() for t in tensors]
-        for t, d in zip(tensors, direction, strict=True):
-            t.add_(d.to(t.dtype), alpha=step)
     try:
+        with torch.no_grad():
+            for t, d in zip(tensors, direction, strict=True):
+                t.add_(d.to(t.dtype), alpha=step)
         yield
     finally:
         with torch.no_grad():

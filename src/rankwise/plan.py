@@ -77,6 +77,9 @@ class RankPlan:
     scaling: float = 2.0
     provenance: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        _validate(self)
+
     @property
     def ranks(self) -> dict[str, int]:
         """Rank by entry name."""
@@ -101,9 +104,7 @@ class RankPlan:
             odd = sorted(set(ranks) ^ set(self.modules))[0]
             raise PlanError(f"ranks and plan differ in the entry {odd!r}; give one rank per entry")
         modules = {n: replace(e, r=int(ranks[n]), gate=None) for n, e in self.modules.items()}
-        plan = replace(self, modules=modules, provenance=provenance)
-        _validate(plan)
-        return plan
+        return replace(self, modules=modules, provenance=provenance)
 
     @classmethod
     def uniform(
@@ -198,7 +199,7 @@ class RankPlan:
         return LoraConfig(
             r=common,
             lora_alpha=_tidy(self.scaling * common),
-            target_modules=_targets(list(ranks)),
+            target_modules=_targets(list(ranks), {e.module for e in self.modules.values()}),
             rank_pattern=others,
             alpha_pattern={name: _tidy(self.scaling * r) for name, r in others.items()},
             **kwargs,
@@ -229,12 +230,18 @@ class RankPlan:
                 raise PlanError(
                     f"the plan gives {name!r} rank {r}, but the model has no adapter there"
                 )
-            r_found, scaling = found[name]
+            r_found, scaling, shape = found[name]
             if r_found != r or abs(scaling - self.scaling) > 1e-9 * self.scaling:
                 raise PlanError(
                     f"{name!r} has rank {r_found} and scaling {scaling:g} in the model; "
                     f"the plan says {r} and {self.scaling:g}"
                 )
+            for entry in self.modules.values():
+                if entry.module == name and shape is not None and entry.in_features != shape[0]:
+                    raise PlanError(
+                        f"{name!r} takes {shape[0]} inputs in the model; the plan says "
+                        f"{entry.in_features}, so it is for another model"
+                    )
         if extra := sorted(set(found) - set(self.module_ranks())):
             raise PlanError(f"the model has an adapter at {extra[0]!r}, which the plan lacks")
 
@@ -255,8 +262,9 @@ class RankPlan:
                 value |= {"module": entry.module, "rows": list(entry.rows)}
             if entry.gate is not None:
                 value["gate"] = [round(g, 6) for g in entry.gate]
-            lines.append(f"    {json.dumps(name)}: {json.dumps(value)}")
-        provenance = json.dumps(self.provenance, indent=2, sort_keys=True).replace("\n", "\n  ")
+            lines.append(f"    {json.dumps(name)}: {json.dumps(value, allow_nan=False)}")
+        provenance = json.dumps(self.provenance, indent=2, sort_keys=True, allow_nan=False)
+        provenance = provenance.replace("\n", "\n  ")
         body = ",\n".join(lines)
         return (
             f'{{\n  "format": "{FORMAT}",\n  "r_max": {self.r_max},\n'
@@ -296,14 +304,12 @@ class RankPlan:
         provenance = raw.get("provenance") or {}
         if not isinstance(provenance, dict):
             raise PlanError(f'"provenance" is {provenance!r}; it has to be an object')
-        plan = cls(
+        return cls(
             modules={name: _entry(name, value) for name, value in modules.items()},
             r_max=raw.get("r_max", 0),
             scaling=raw.get("scaling", 0),
             provenance=provenance,
         )
-        _validate(plan)
-        return plan
 
 
 def _entry(name: str, value: Any) -> Entry:
@@ -369,9 +375,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _targets(names: list[str]) -> list[str] | str:
-    """PEFT takes each name as an ending; where one name ends another, a regex of whole names."""
-    if any(f".{other}" in f".{name}" and name != other for name in names for other in names):
+def _targets(names: list[str], known: set[str]) -> list[str] | str:
+    """PEFT takes each name as an ending; where one ends another's, a regex of whole names."""
+    if any(f".{other}".endswith(f".{name}") and name != other for name in names for other in known):
         return "|".join(re.escape(name) for name in names)
     return names
 

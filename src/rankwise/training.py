@@ -22,11 +22,14 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Subset
 from transformers import PreTrainedModel, SchedulerType, Trainer, TrainingArguments, set_seed
+from transformers.training_args import OptimizerNames
+from transformers.utils import logging
 
 from rankwise import gates
 from rankwise.errors import CheckpointError, DataError, DivergedError, RankwiseError
@@ -34,6 +37,8 @@ from rankwise.files import write_json
 from rankwise.hypergrad import RADIUS, RADIUS_BF16, TrainGradient, hypergradient
 from rankwise.methods import METHODS, AutoLoRA
 from rankwise.plan import RankPlan
+
+logger = logging.get_logger(__name__)
 
 TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -63,7 +68,8 @@ def search(
 ) -> RankPlan:
     """Chooses the rank of every adapted layer from data, and returns the plan.
 
-    The model is as it was afterwards: adapters, gates and the head trained by the search are gone.
+    The model is as it was afterwards, on the device that Trainer put it on: adapters, gates and the
+    head trained by the search are gone.
 
     Args:
         model: base model, without adapters.
@@ -103,6 +109,7 @@ def search(
         >>> model = get_peft_model(model, plan.lora_config(task_type="SEQ_CLS"))
     """
     method = _method(method)
+    _check_lora(model, lora_alpha, lora_dropout)
     with TemporaryDirectory() as scratch:
         args = args or _default_args(scratch)
         args = search_args(args, method)
@@ -111,7 +118,8 @@ def search(
         plan = RankPlan(modules, r_max=r, scaling=2.0 if lora_alpha is None else lora_alpha / r)
         lora = {"task_type": task_type or _task_type(model), "lora_dropout": lora_dropout}
         provenance = _provenance(model, method, plan, data, args, lora)
-        checkpoint = find_checkpoint(args.output_dir, resume_from_checkpoint, provenance)
+        configuration = provenance | _decisive(args) | {"targets": sorted(modules)}
+        checkpoint = find_checkpoint(args.output_dir, resume_from_checkpoint, configuration)
         set_seed(args.seed)
         with gates.adapted(model, plan, **lora) as peft_model:
             gated = gates.attach(peft_model, plan, method.activation, method.initial(r))
@@ -122,12 +130,26 @@ def search(
                 method=method,
                 train_dataset=data.train,
                 validation_dataset=data.validation,
-                provenance=provenance,
+                configuration=configuration,
                 **trainer,
             )
             trainer_.train(resume_from_checkpoint=checkpoint)
+            trainer_.stop_unless_finite_parameters()
             alphas = gates.values(gated)
+            _stop_unless_moved(alphas, method, trainer_.state.global_step)
     return _learned(plan, method, alphas, provenance)
+
+
+def _stop_unless_moved(alphas: dict[str, list[float]], method: AutoLoRA, steps: int) -> None:
+    """A gate that stands where it started says nothing, but α_j >= 1/k would keep every piece."""
+    still = [name for name, alpha in alphas.items() if len(alpha) > 1 and len(set(alpha)) == 1]
+    if len(still) == sum(len(alpha) > 1 for alpha in alphas.values()) > 0:
+        raise RankwiseError(
+            f"no gate moved in {steps} steps, so nothing was learned; look at the number of steps, "
+            f"the warmup and the learning rates (gates: {method.learning_rate:g})"
+        )
+    if still:
+        logger.warning(f"the gates of {still} never moved; their ranks are the largest by default")
 
 
 def _learned(
@@ -144,6 +166,7 @@ class FiniteTrainer(Trainer):
 
     def __init__(self, model: PeftModel, *args: Any, **kwargs: Any):
         super().__init__(model, *args, **kwargs)
+        self._good: str | None = None  # the last checkpoint of this run
         # Trainer takes `**kwargs` in a model's forward as a promise to divide the loss by
         # num_items_in_batch. Language models do; the other heads ignore it, and the loss of a step
         # would be the sum over its micro-batches instead of their mean.
@@ -160,7 +183,7 @@ class FiniteTrainer(Trainer):
     def _stop_unless_finite(self, loss: Tensor) -> None:
         if torch.isfinite(loss).all():
             return
-        last = last_checkpoint(self.args.output_dir)
+        last = self._good
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been saved yet"
         raise DivergedError(
             f"the loss is {float(loss)} at step {self.state.global_step + 1}; {kept}. "
@@ -168,14 +191,24 @@ class FiniteTrainer(Trainer):
         )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # A finite loss can still have had a gradient that was not: never save what it left behind.
+        self.stop_unless_finite_parameters()  # never save what a bad gradient left behind
+        super()._save_checkpoint(model, trial)
+        self._good = f"{self.args.output_dir}/checkpoint-{self.state.global_step}"
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        self._good = resume_from_checkpoint
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def stop_unless_finite_parameters(self) -> None:
+        """Raises DivergedError where a finite loss had a gradient that was not."""
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and not torch.isfinite(parameter).all():
                 raise DivergedError(
                     f"{name} is not finite after step {self.state.global_step}; the last good "
-                    f"checkpoint: {last_checkpoint(self.args.output_dir)}. Lower the learning rate"
+                    f"checkpoint: {self._good}. Lower the learning rate"
                 )
-        super()._save_checkpoint(model, trial)
 
 
 @dataclass(frozen=True)
@@ -196,7 +229,7 @@ class SearchTrainer(FiniteTrainer):
         gated: what `gates.attach` returned.
         method: the gate's method.
         validation_dataset: D_val.
-        provenance: what a checkpoint has to agree with to be resumed.
+        configuration: what a checkpoint has to agree with to be resumed.
         **trainer: of transformers.Trainer.
     """
 
@@ -208,17 +241,23 @@ class SearchTrainer(FiniteTrainer):
         gated: dict[str, gates.Gate],
         method: AutoLoRA,
         validation_dataset: Any,
-        provenance: dict[str, Any],
+        configuration: dict[str, Any],
         **trainer: Any,
     ):
         super().__init__(model, args, **trainer)
-        self.gated, self.method, self.provenance = gated, method, provenance
+        self.gated, self.method, self.configuration = gated, method, configuration
         self.betas = [gate.beta for gate in gated.values()]
         meta = {id(beta) for beta in self.betas}
         self.parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in meta]
+        # columns that the model does not take go the way that Trainer's own loaders send them
+        self._collate = self.data_collator
         if isinstance(validation_dataset, Dataset):
             validation_dataset = self._remove_unused_columns(validation_dataset)
+        else:
+            self._collate = self._get_collator_with_removed_columns(self.data_collator)
         self.validation_dataset = validation_dataset
+        coarse = args.bf16 or any(p.dtype == torch.bfloat16 for p in model.parameters())
+        self._radius = method.radius or (RADIUS_BF16 if coarse else RADIUS)
         self._micro_batches: list[MicroBatch] = []
         self._order: dict[int, np.ndarray] = {}
 
@@ -242,13 +281,15 @@ class SearchTrainer(FiniteTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
         model.train()
+        if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers
+            self.optimizer.train()
         inputs = self._prepare_inputs(inputs)
         with self._attention():
             rng = _rng_state(self.args.device)
             loss = self._scaled_loss(model, inputs, num_items_in_batch)
-            self._stop_unless_finite(loss.detach())
             self.accelerator.backward(loss)
             loss = loss.detach()  # lets go of the graph before the passes that follow
+            self._stop_unless_finite(loss)
             self._micro_batches.append(MicroBatch(inputs, num_items_in_batch, rng))
             if self.accelerator.sync_gradients:  # the last micro-batch of this optimizer step
                 self._set_meta_gradients(self.accelerator.unwrap_model(model))
@@ -269,7 +310,7 @@ class SearchTrainer(FiniteTrainer):
             val,
             self.optimizer.param_groups[0]["lr"] if lookahead is None else lookahead,
             train_gradient=TrainGradient(_grads(self.parameters), _grads(self.betas)),
-            radius=self.method.radius or (RADIUS_BF16 if self.args.bf16 else RADIUS),
+            radius=self._radius,
             two_sided=self.method.two_sided,
             reduce=self._mean_over_processes,
         )
@@ -307,12 +348,13 @@ class SearchTrainer(FiniteTrainer):
         size = self.args.per_device_train_batch_size
         world, rank = self.args.world_size, self.args.process_index
         n = len(self.validation_dataset)
-        collate = self.data_collator
         batches = []
         for i in range(count):
-            first = ((self.state.global_step * count + i) * world + rank) * size
+            # the last step of an epoch may have fewer batches; the count before it must not change
+            number = self.state.global_step * self.args.gradient_accumulation_steps + i
+            first = (number * world + rank) * size
             rows = [self._order_of(p // n)[p % n] for p in range(first, first + min(size, n))]
-            batches.append(collate([self.validation_dataset[int(row)] for row in rows]))
+            batches.append(self._collate([self.validation_dataset[int(row)] for row in rows]))
         return [self._prepare_inputs(batch) for batch in batches]
 
     def _order_of(self, sweep: int) -> np.ndarray:
@@ -355,15 +397,22 @@ class SearchTrainer(FiniteTrainer):
         folder.mkdir(parents=True, exist_ok=True)
         trainable = {n: p.detach().contiguous() for n, p in _trainable(self.model)}
         save_file(trainable, folder / "search.safetensors")
-        write_json(folder / "search.json", self.provenance)
+        write_json(folder / "search.json", self.configuration)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        saved = load_file(Path(resume_from_checkpoint) / "search.safetensors")
-        with torch.no_grad():
-            for name, parameter in _trainable(self.model):
-                parameter.copy_(saved[name])
+        self._good = resume_from_checkpoint
+        try:
+            saved = load_file(Path(resume_from_checkpoint) / "search.safetensors")
+            with torch.no_grad():
+                for name, parameter in _trainable(self.model):
+                    parameter.copy_(saved[name])
+        except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(
+                f"cannot read {resume_from_checkpoint}/search.safetensors: {error}; resume from an "
+                "earlier checkpoint"
+            ) from error
 
 
 def train(
@@ -406,7 +455,7 @@ def train(
         model, plan, task_type=task_type or _task_type(model), lora_dropout=lora_dropout
     )
     if args.label_names is None:  # Trainer cannot read them off a PEFT model
-        args = replace(args, label_names=["labels"])
+        args = _replaced(args, label_names=["labels"])
     trainer_ = FiniteTrainer(peft_model, args, train_dataset=train_dataset, **trainer)
     trainer_.train(resume_from_checkpoint=checkpoint)
     return trainer_
@@ -490,11 +539,14 @@ def two_sets(train: Any, validation: Any, fraction: float, seed: int) -> TwoSets
     Raises:
         DataError: an empty split, or rows that cannot be counted.
     """
-    if not hasattr(train, "__len__") or not hasattr(train, "__getitem__"):
-        raise DataError(
-            f"train_dataset is a {type(train).__name__}, which has no length or index; load it "
-            "whole (streaming=False) so that it can be split"
-        )
+    for name, rows in (("train_dataset", train), ("validation_dataset", validation)):
+        if isinstance(rows, dict):
+            raise DataError(f"{name} holds the splits {', '.join(rows)}; give one of them")
+        if rows is not None and not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+            raise DataError(
+                f"{name} is a {type(rows).__name__}, which has no length or index; load it whole "
+                "(streaming=False)"
+            )
     if len(train) == 0:
         raise DataError("train_dataset has no rows")
     if validation is not None:
@@ -509,7 +561,7 @@ def two_sets(train: Any, validation: Any, fraction: float, seed: int) -> TwoSets
         empty = "training" if cut == 0 else "validation"
         raise DataError(
             f"the {empty} split would be empty: {len(train)} rows at validation_fraction "
-            f"{fraction}; give  more rows or another fraction"
+            f"{fraction}; give more rows or another fraction"
         )
     return TwoSets(_select(train, order[:cut]), _select(train, order[cut:]))
 
@@ -519,10 +571,12 @@ def _select(dataset: Any, rows: list[int]) -> Any:
 
 
 def _method(method: str | AutoLoRA) -> AutoLoRA:
-    if not isinstance(method, str):
+    if isinstance(method, AutoLoRA):
         return method
     if method not in METHODS:
-        raise RankwiseError(f"method is {method!r}; there are {', '.join(METHODS)}")
+        raise RankwiseError(
+            f"method is {method!r}; give AutoLoRA(...) or one of {', '.join(METHODS)}"
+        )
     return METHODS[method]
 
 
@@ -549,6 +603,11 @@ def search_args(args: TrainingArguments, method: AutoLoRA) -> TrainingArguments:
         )
     if args.fsdp or args.deepspeed:
         raise RankwiseError("a search shards no parameters; run it without fsdp and deepspeed")
+    optim = OptimizerNames(args.optim).value
+    if "adamw" not in optim:
+        raise RankwiseError(f"optim is {optim}; a search takes an AdamW, for its gates too")
+    if args.auto_find_batch_size:
+        raise RankwiseError("auto_find_batch_size starts a search over half-way; give a batch size")
     if args.torch_compile and method.estimator == "exact":
         raise RankwiseError(
             "torch.compile has no double backward; use finite_difference or no compile"
@@ -558,7 +617,23 @@ def search_args(args: TrainingArguments, method: AutoLoRA) -> TrainingArguments:
         # reentrant checkpointing refuses autograd.grad
         kwargs = args.gradient_checkpointing_kwargs or {}
         changes["gradient_checkpointing_kwargs"] = kwargs | {"use_reentrant": False}
-    return replace(args, **changes)
+    return _replaced(args, **changes)
+
+
+def _replaced(args: TrainingArguments, **changes: Any) -> TrainingArguments:
+    """`dataclasses.replace`, which counts the GPUs again where someone had set their number."""
+    new = replace(args, **changes)
+    new._n_gpu = args.n_gpu
+    return new
+
+
+def _check_lora(model: nn.Module, lora_alpha: float | None, lora_dropout: float) -> None:
+    if lora_alpha is not None and not 0 < lora_alpha < float("inf"):
+        raise RankwiseError(f"lora_alpha is {lora_alpha}; it has to be > 0")
+    if not 0 <= lora_dropout < 1:
+        raise RankwiseError(f"lora_dropout is {lora_dropout}; it has to be at least 0 and below 1")
+    if any(p.dtype == torch.float16 for p in model.parameters()):
+        raise RankwiseError("the weights are float16; load the model in bfloat16 or float32")
 
 
 def _task_type(model: nn.Module) -> str | None:
@@ -574,7 +649,7 @@ def _provenance(
     args: TrainingArguments,
     lora: dict[str, Any],
 ) -> dict[str, Any]:
-    """Everything that decides the outcome of a search, as JSON."""
+    """What the plan says of where it comes from, as JSON."""
     config = getattr(model, "config", None)
     return {
         "method": asdict(method),
@@ -598,6 +673,20 @@ def _provenance(
         "world_size": args.world_size,
         "versions": {p: version(p) for p in ("rankwise", "torch", "transformers", "peft")},
     }
+
+
+def _decisive(args: TrainingArguments) -> dict[str, Any]:
+    """The training arguments that a resumed search must share with the one that was stopped."""
+    names = (
+        "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps "
+        "num_train_epochs max_steps per_device_train_batch_size "
+        "gradient_accumulation_steps optim optim_args train_sampling_strategy "
+        "weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm bf16 seed "
+        "data_seed label_smoothing_factor neftune_noise_alpha "
+        "average_tokens_across_devices"
+    ).split()
+    given = args.to_dict()
+    return {name: given.get(name) for name in names}
 
 
 def model_name(name_or_path: str) -> str:
@@ -625,15 +714,24 @@ def _grads(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _rng_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return torch.get_rng_state(), cuda
+    """The state of the CPU's generator and of the accelerator's, which draws the dropout masks."""
+    if device.type == "cpu":
+        return torch.get_rng_state(), None
+    return torch.get_rng_state(), torch.get_device_module(device).get_rng_state()
+
+
+def _set_rng_state(rng: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(rng[0])
+    if rng[1] is not None:
+        torch.get_device_module(device).set_rng_state(rng[1])
 
 
 @contextmanager
 def _replaying(rng: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
     """Random numbers from a recorded state on; the running state is untouched."""
-    with torch.random.fork_rng([device] if rng[1] is not None else []):
-        torch.set_rng_state(rng[0])
-        if rng[1] is not None:
-            torch.cuda.set_rng_state(rng[1], device)
+    running = _rng_state(device)
+    _set_rng_state(rng, device)
+    try:
         yield
+    finally:
+        _set_rng_state(running, device)

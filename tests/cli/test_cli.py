@@ -51,10 +51,8 @@ def metrics_of(folder: Path) -> dict:
     return json.loads((folder / "metrics.json").read_text())
 
 
-def without_times(plan: Path) -> dict:
-    """A plan.json but for the seconds that its search took."""
-    raw = json.loads(plan.read_text())
-    return raw
+def json_of(plan: Path) -> dict:
+    return json.loads(plan.read_text())
 
 
 def same_tensors(a: Path, b: Path) -> bool:
@@ -162,7 +160,7 @@ def test_nothing_but_peft_s_own_config_holds_a_path(finished, tiny_bert, rows_di
 
 def test_search_train_evaluate_give_what_run_gave(finished, base, tmp_path, capsys):
     main(["search", *base, "--output_dir", str(tmp_path / "s")])
-    assert without_times(tmp_path / "s" / "plan.json") == without_times(finished / "plan.json")
+    assert json_of(tmp_path / "s" / "plan.json") == json_of(finished / "plan.json")
     assert names(tmp_path / "s") == ["metrics.json", "plan.json", "ranks.png"]
     assert metrics_of(tmp_path / "s")["search_seconds"] > 0
     plan = str(tmp_path / "s" / "plan.json")
@@ -438,7 +436,7 @@ def test_a_run_killed_after_the_search_goes_on(finished, base, tmp_path, monkeyp
 
     monkeypatch.setattr(training, "search", again)
     main([*argv, "--resume_from_checkpoint"])
-    assert without_times(out / "plan.json") == without_times(finished / "plan.json")
+    assert json_of(out / "plan.json") == json_of(finished / "plan.json")
     assert same_tensors(out, finished)
     assert metrics_of(out)["eval"] == metrics_of(finished)["eval"]
     assert (
@@ -464,7 +462,7 @@ def test_a_run_killed_within_a_stage_goes_on(finished, base, tmp_path, monkeypat
     argv = ["run", *base, "--control", "uniform", "--output_dir", str(out)]
     killed(argv, monkeypatch, trainer, "training_step", calls)
     main([*argv, "--resume_from_checkpoint"])
-    assert without_times(out / "plan.json") == without_times(finished / "plan.json")
+    assert json_of(out / "plan.json") == json_of(finished / "plan.json")
     assert same_tensors(out, finished)
     assert metrics_of(out)["control"]["eval"] == metrics_of(finished)["control"]["eval"]
     assert names(out) == [name for name in names(finished) if "random" not in name]

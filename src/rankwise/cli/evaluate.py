@@ -25,11 +25,13 @@ def main(argv: Sequence[str]) -> None:
     folder = _adapter_folder(Path(required(which.adapter, "adapter", "evaluate")))
     config = _json(folder / "adapter_config.json")
     model.model_name_or_path = model.model_name_or_path or config.get("base_model_name_or_path")
+    model.model_revision = model.model_revision or config.get("revision")
     about = _json(folder / "task.json") if (folder / "task.json").exists() else {}
     options: dict[str, Any] = {}
     if about:  # the labels in the order that the adapter's head learned them
         options = {"label_names": about["label_names"], "kind": data.kind or about["kind"]}
         data.max_length = data.max_length or about["max_length"]
+        model.gguf_file = model.gguf_file or about.get("gguf_file")
         if data.task is None:
             options["text_column"] = data.text_column or about["text_columns"]
             options["label_column"] = data.label_column or about["label_column"]

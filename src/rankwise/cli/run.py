@@ -82,10 +82,11 @@ def run(
         key = "control" if "control" not in metrics else f"{name}_control"
         metrics[key] = {"name": _label(name, plans[name]), "search_seconds": 0.0, **figures}
     arms = {search.method: metrics} | {_label(n, plans[n]): f for n, f in results.items()}
-    stages.write_results(job, work, plan, metrics, arms)
+    said = verdict(arms, job.task)
+    stages.write_results(job, work, plan, metrics | {"verdict": said}, arms)
     folder = finish(work, target)
     print_table(arms, job.task)
-    stages.console.print(verdict(arms, job.task))
+    stages.console.print(said)
     stages.console.print(f"plan.json, adapter/, metrics.json and ranks.png are in {folder}")
     return folder
 

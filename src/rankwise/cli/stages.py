@@ -152,6 +152,10 @@ def training_arguments(job: Job, folder: Path, **changes: Any) -> TrainingArgume
     """transformers' TrainingArguments of the flags."""
     fit = asdict(job.fit)
     extra = fit.pop("training_arguments") or {}
+    if clash := sorted(set(extra) & {*fit, "output_dir", "save_strategy", "label_names"}):
+        raise RankwiseError(f"--training_arguments: {clash[0]} is set elsewhere; leave it out")
+    if secret := [key for key in extra if key.endswith("token")]:
+        raise RankwiseError(f"--training_arguments: {secret[0]} would be written to metrics.json")
     defaults = {f.name: f.default for f in fields(TrainingArguments)}
     for key, value in extra.items():
         if isinstance(defaults.get(key), int | float) and not isinstance(value, int | float):
@@ -298,8 +302,10 @@ def save_adapter(job: Job, model: PeftModel, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     for config in model.peft_config.values():
         config.base_model_name_or_path = job.model.model_name_or_path
+        config.revision = job.model.model_revision
     model.save_pretrained(str(folder))
     about = job.task.describe() | {"max_length": job.data.max_length}
+    about["gguf_file"] = job.model.gguf_file
     write_json(folder / "task.json", about)
 
 

@@ -1,5 +1,6 @@
 """`rankwise train`: train an adapter at a plan's ranks, or at one rank everywhere."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     plan.lora_config()  # refuses a plan of zeros
     del base
     settings = {k: v for part in (model, data, which, lora, fit) for k, v in asdict(part).items()}
-    settings["plan"] = None if which.plan is None else plan.ranks
+    settings["plan"] = json.loads(plan.to_json())["modules"] | {"scaling": plan.scaling}
     resume = output.resume_from_checkpoint
     work = open_workspace(target, output.overwrite_output_dir, resume, settings)
     plan.save(work / "plan.json")

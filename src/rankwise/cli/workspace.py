@@ -8,14 +8,8 @@ from typing import Any
 from rankwise.errors import CheckpointError, OutputError
 from rankwise.files import replace_folder, write_json
 
-# Of a run's settings, those that do not change its result.
-_FREE = {
-    "output_dir",
-    "overwrite_output_dir",
-    "resume_from_checkpoint",
-    "report_to",
-    "logging_steps",
-}
+# Of a run's settings, those that a stopped run may go on without.
+_FREE = {"report_to", "logging_steps", "save_steps", "per_device_eval_batch_size"}
 
 
 def open_workspace(

@@ -55,6 +55,10 @@ class AutoLoRA:
             raise RankwiseError(f"gate is {self.gate!r}; take softmax, unconstrained or sigmoid")
         if self.estimator not in ESTIMATORS:
             raise RankwiseError(f"estimator is {self.estimator!r}; take {', '.join(ESTIMATORS)}")
+        for name in ("weight_decay", "lookahead"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise RankwiseError(f"AutoLoRA's {name} is {value}; it has to be >= 0")
         for name in ("learning_rate", "radius"):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.files import write_text
+from rankwise.methods import AutoLoRA
 from rankwise.plan import RankPlan
 from rankwise.report.heatmap import grid
 from rankwise.tasks import Task
@@ -59,17 +60,20 @@ def write_card(
 
 def _choice(plan: RankPlan) -> str:
     ranks = set(plan.ranks.values())
-    if plan.provenance.get("method") == "uniform":
-        return f"Every adapted module has rank {ranks.pop()} ({plan.parameters:,} LoRA parameters)."
-    return (
-        f"Its ranks differ by layer ({plan.parameters:,} LoRA parameters) and were chosen by "
-        f"{_method(plan)} with rankwise."
-    )
+    size = f"({plan.parameters:,} LoRA parameters)"
+    if len(ranks) == 1:
+        return f"Every adapted module has rank {ranks.pop()} {size}."
+    return f"Its ranks differ by layer {size}; they come from {_method(plan)}."
 
 
 def _method(plan: RankPlan) -> str:
-    method = plan.provenance.get("method", "hand")
-    return f"AutoLoRA ({method['gate']} gate)" if isinstance(method, dict) else str(method)
+    method = plan.provenance.get("method")
+    if not isinstance(method, dict):
+        return f"a {method} plan" if method else "a plan made by hand"
+    learned = AutoLoRA(**method)
+    gates = [(e.r, e.gate) for e in plan.modules.values() if e.gate is not None]
+    edited = any(r != len(learned.kept(list(gate))) for r, gate in gates)
+    return f"AutoLoRA ({learned.gate} gate)" + (", edited by hand since" if edited else "")
 
 
 def _rank_table(plan: RankPlan) -> list[str]:

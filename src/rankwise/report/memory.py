@@ -1,5 +1,6 @@
 """Peak memory of a piece of work: the GPU's where there is one, else the process's."""
 
+import gc
 import resource
 import sys
 from dataclasses import dataclass
@@ -36,7 +37,9 @@ class Peak:
 
 def peak_memory(device: torch.device) -> Peak:
     """Starts measuring: earlier peaks are forgotten where the system can."""
+    gc.collect()  # a model that went before may only be held by a cycle
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return Peak(device, "CUDA allocations")
     try:

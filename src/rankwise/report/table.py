@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -21,8 +22,13 @@ def print_table(
     console = console or Console()
     first = next(iter(arms.values()))["eval"]
     rows = f"{first['rows']:,} {first['split']} rows"
-    table = Table(title=f"{task.name}: {rows}, one seed", title_justify="left")
-    table.add_column("ranks")
+    table = Table(
+        title=f"{task.name}: {rows}, one seed",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("ranks", min_width=11)
     metrics = [name for name in task.metrics if name in first]
     named = (name.replace("_", "\n") for name in metrics)
     for header in (*named, "trainable\nparameters", "search\ns", "train\ns", "peak\nGiB"):
