@@ -21,7 +21,7 @@ demo: $(STAMP) ## choose ranks for a small model on a small data set, into runs/
 	HF_HUB_OFFLINE=1 $(BIN)/rankwise demo --output_dir runs/demo --overwrite_output_dir $(DEMO_ARGS)
 
 test: $(STAMP) ## run the tests (the quick ones only: make test PYTEST_ARGS="-m 'not slow'")
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 lint: $(STAMP) ## check style, format and types
 	$(BIN)/ruff check .
