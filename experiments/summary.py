@@ -1,6 +1,6 @@
 """Sums up experiments/results/autolora: the README's tables, and whether seeds agree on ranks.
 
-python experiments/summary.py            writes results/autolora-summary.json, updates README.md
+python experiments/summary.py            writes results/autolora-summary.json, README.md, ranks.png
 python experiments/summary.py --check    exits with 1 where README.md is out of date
 """
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from rankwise import RankPlan
 from rankwise.files import write_json, write_text
+from rankwise.report import save_heatmap
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -46,6 +47,8 @@ def main() -> None:
         )
     write_json(HERE / "results" / "autolora-summary.json", summary)
     write_text(README, new)
+    plan = RankPlan.load(HERE / "results" / "autolora" / "mrpc-seed0.plan.json")
+    save_heatmap(plan, HERE.parent / "docs" / "ranks.png")
 
 
 def load() -> dict[str, list[dict[str, Any]]]:
@@ -167,10 +170,10 @@ def points(value: dict[str, float], sign: bool = False) -> str:
 
 def replace_block(text: str, name: str, block: str) -> str:
     """The text between `<!-- name -->` and `<!-- /name -->` replaced."""
-    pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
     if not pattern.search(text):
         raise SystemExit(f"README.md has no block <!-- {name} -->")
-    return pattern.sub(lambda m: m[1] + block + m[2], text)
+    return pattern.sub(lambda m: m[1] + block + "\n" + m[2], text)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class Family:
 
     def model(self, seed: int = 0) -> PreTrainedModel:
         torch.manual_seed(seed)
-        return self.auto.from_config(self.config)
+        return self.auto.from_config(deepcopy(self.config))  # Trainer writes into it
 
 
 def _sized(kind: Any, **more: Any) -> Any:

@@ -667,7 +667,7 @@ def test_a_config_file_of_a_whole_run(tiny_bert, rows_dir, tmp_path):
     config = {
         "model_name_or_path": tiny_bert,
         "data_dir": rows_dir,
-        "max_search_steps": 1,
+        "max_search_steps": 4,
         "per_device_train_batch_size": 8,
         "control": "random",
         "target_modules": ["key"],
