@@ -185,14 +185,15 @@ def test_sets_are_disjoint_seeded_and_of_the_asked_size(of):
     assert set(sets[2].train["row"]) != train
 
 
-def test_validation_batches_cover_each_pass_once_and_differ_in_order(of, tmp_path):
-    data = rows(of, 12).add_column("position", list(range(12)))
+def trainer_of_positions(of, folder, count, **changes):
+    """A search trainer whose batches are the positions of their rows in D_val."""
+    data = rows(of, count).add_column("position", list(range(count)))
     model = of.model()
     plan = RankPlan(gates.find_entries(model, None, K), r_max=K)
     peft_model = gates.build(model, plan, task_type="SEQ_CLS")
-    trainer = SearchTrainer(
+    return SearchTrainer(
         peft_model,
-        arguments(tmp_path, remove_unused_columns=False),
+        arguments(folder, remove_unused_columns=False, **changes),
         gated=gates.attach(peft_model, plan, AutoLoRA().activation),
         method=AutoLoRA(),
         train_dataset=data,
@@ -200,6 +201,10 @@ def test_validation_batches_cover_each_pass_once_and_differ_in_order(of, tmp_pat
         configuration={},
         data_collator=lambda batch: {"position": torch.tensor([row["position"] for row in batch])},
     )
+
+
+def test_validation_batches_cover_each_pass_once_and_differ_in_order(of, tmp_path):
+    trainer = trainer_of_positions(of, tmp_path, 12)
     seen = []
     for step in range(6):
         trainer.state.global_step = step
@@ -211,20 +216,7 @@ def test_validation_batches_cover_each_pass_once_and_differ_in_order(of, tmp_pat
 
 def test_a_short_last_accumulation_repeats_no_validation_rows(of, tmp_path):
     """5 batches in steps of 4: the second step of each epoch has one batch only."""
-    data = rows(of, 20).add_column("position", list(range(20)))
-    model = of.model()
-    plan = RankPlan(gates.find_entries(model, None, K), r_max=K)
-    peft_model = gates.build(model, plan, task_type="SEQ_CLS")
-    trainer = SearchTrainer(
-        peft_model,
-        arguments(tmp_path, remove_unused_columns=False, gradient_accumulation_steps=4),
-        gated=gates.attach(peft_model, plan, AutoLoRA().activation),
-        method=AutoLoRA(),
-        train_dataset=data,
-        validation_dataset=data,
-        configuration={},
-        data_collator=lambda batch: {"position": torch.tensor([row["position"] for row in batch])},
-    )
+    trainer = trainer_of_positions(of, tmp_path, 20, gradient_accumulation_steps=4)
     seen = []
     for step, count in enumerate([4, 1]):
         trainer.state.global_step = step
