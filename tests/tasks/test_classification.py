@@ -207,6 +207,18 @@ def test_regression_head(minilm, load):
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_a_new_regression_head_starts_at_the_mean_score(minilm, load, tmp_path):
+    task = load([0.5, 1, 4.5], [1])
+    tokenizer = load_tokenizer(minilm)
+    model = load_model(task, minilm, tokenizer=tokenizer)
+    assert model.classifier.bias.item() == pytest.approx(2.0)
+    with torch.no_grad():
+        model.classifier.bias.fill_(-7)
+    model.save_pretrained(tmp_path / "trained")
+    again = load_model(task, tmp_path / "trained", tokenizer=tokenizer)
+    assert again.classifier.bias.item() == -7  # one that is trained already stays
+
+
 @pytest.fixture
 def tiny_gpt2(tmp_path) -> Path:
     """A byte-level decoder of 259 tokens that has an EOS and no padding token."""
