@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -40,41 +40,28 @@ HEADED = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAns
 # PEFT's default for GPT-2 is the whole of c_attn; the paper adapts query and value.
 DEFAULT_PARTS = {"gpt2": ["c_attn.q", "c_attn.v"]}
 
+AnyGate = TypeVar("AnyGate", bound="Gate")
+
 
 class Gate(nn.Module):
-    """g = activation(β) on the rank axis of one layer's B, one slice of β per plan entry.
+    """g on the rank axis of one layer's B, one slice of it per plan entry.
 
     Args:
         names: names of the plan entries that share this layer, in rank order.
         sizes: rank-1 pieces of each entry; they sum to the layer's r.
-        activation: β (k,) -> g (k,), applied to each entry apart.
-        initial: starting value of every element of β.
         mask: (out, r) of 0 and 1 for a fused layer, else None.
-        device: where β lives.
 
-    β is kept in float32 whatever the type of B: its learning rate is below bf16's resolution.
+    Where g comes from is the subclass's: `values()` gives it, length r, float32.
     """
 
-    def __init__(
-        self,
-        names: list[str],
-        sizes: list[int],
-        activation: Callable[[Tensor], Tensor],
-        initial: float,
-        mask: Tensor | None,
-        device: torch.device,
-    ):
+    def __init__(self, names: list[str], sizes: list[int], mask: Tensor | None):
         super().__init__()
         self.mask: Tensor | None
-        self.names, self.sizes, self.activation = names, sizes, activation
-        self.beta = nn.Parameter(torch.full((sum(sizes),), initial, device=device))
+        self.names, self.sizes = names, sizes
         self.register_buffer("mask", mask, persistent=False)
 
     def values(self) -> Tensor:
-        """g, length r, float32."""
-        if len(self.sizes) == 1:
-            return self.activation(self.beta)
-        return torch.cat([self.activation(part) for part in self.beta.split(self.sizes)])
+        raise NotImplementedError
 
     def forward(self, b: Tensor) -> Tensor:
         """B (out, r, ...) -> B diag(g)."""
@@ -84,6 +71,56 @@ class Gate(nn.Module):
         elif b.dim() > 2:  # Conv2d: (out, r, 1, 1)
             g = g.view(1, -1, *[1] * (b.dim() - 2))
         return b * g
+
+
+class LearnedGate(Gate):
+    """g = activation(β), β learned; the activation is applied to each entry apart.
+
+    β is kept in float32 whatever the type of B: its learning rate is below bf16's resolution.
+    """
+
+    def __init__(
+        self,
+        names: list[str],
+        sizes: list[int],
+        mask: Tensor | None,
+        beta: Tensor,
+        activation: Callable[[Tensor], Tensor],
+    ):
+        super().__init__(names, sizes, mask)
+        self.beta, self.activation = nn.Parameter(beta), activation
+
+    def values(self) -> Tensor:
+        if len(self.sizes) == 1:
+            return self.activation(self.beta)
+        return torch.cat([self.activation(part) for part in self.beta.split(self.sizes)])
+
+
+class NestedGate(Gate):
+    """The first b pieces of each entry, scaled by r / b: α/r, PEFT's scale, becomes α/b.
+
+    g is a buffer that `set_ranks` writes in place, so that one compiled graph serves every b and
+    no state dict holds it. It starts with all pieces.
+    """
+
+    def __init__(
+        self, names: list[str], sizes: list[int], mask: Tensor | None, device: torch.device
+    ):
+        super().__init__(names, sizes, mask)
+        self.g: Tensor
+        self.register_buffer("g", torch.ones(sum(sizes), device=device), persistent=False)
+
+    def values(self) -> Tensor:
+        return self.g
+
+    def set_ranks(self, ranks: Mapping[str, int]) -> None:
+        """Keeps the first `ranks[name]` pieces of each entry of this layer."""
+        parts = []
+        for name, size in zip(self.names, self.sizes, strict=True):
+            if not 1 <= (b := ranks[name]) <= size:
+                raise PlanError(f"{name!r} has ranks 1 to {size}; {b} is none of them")
+            parts.append(torch.cat([torch.full((b,), size / b), torch.zeros(size - b)]))
+        self.g.copy_(torch.cat(parts))
 
 
 def find_entries(
@@ -208,8 +245,8 @@ def attach(
     plan: RankPlan,
     activation: Callable[[Tensor], Tensor],
     initial: float = 0.0,
-) -> dict[str, Gate]:
-    """Puts a gate on every adapted layer; forward, merge and every other reader of B see it.
+) -> dict[str, LearnedGate]:
+    """Puts a learned gate on every adapted layer; forward, merge and every reader of B see it.
 
     While gates are attached, state-dict keys read `...parametrizations.weight.original`: bake
     before any public save.
@@ -223,16 +260,56 @@ def attach(
     Returns:
         The gates by module name, in the plan's order.
     """
+
+    def gate(
+        names: list[str], sizes: list[int], mask: Tensor | None, device: torch.device
+    ) -> LearnedGate:
+        beta = torch.full((sum(sizes),), initial, device=device)
+        return LearnedGate(names, sizes, mask, beta, activation)
+
+    return _attach(model, plan, gate)
+
+
+def attach_nested(model: PeftModel, plan: RankPlan) -> dict[str, NestedGate]:
+    """The same with a gate that keeps the first b pieces of every layer; see `set_ranks`."""
+    return _attach(model, plan, NestedGate)
+
+
+def _attach(model: PeftModel, plan: RankPlan, gate: Callable[..., AnyGate]) -> dict[str, AnyGate]:
     layers = _layers(model)
     gates = {}
     for name, entries in _by_module(plan).items():
         sizes = [e.r for e in entries.values()]
         weight = _b_weight(layers[name])
-        mask = _mask(entries, weight)
-        gate = Gate(list(entries), sizes, activation, initial, mask, weight.device)
-        parametrize.register_parametrization(*_b_slot(layers[name]), gate)
-        gates[name] = gate
+        gates[name] = gate(list(entries), sizes, _mask(entries, weight), weight.device)
+        parametrize.register_parametrization(*_b_slot(layers[name]), gates[name])
     return gates
+
+
+def set_ranks(gates: Mapping[str, NestedGate], ranks: int | Mapping[str, int]) -> None:
+    """Makes nested gates keep the first b pieces: one b for all, or one per plan entry.
+
+    Raises:
+        PlanError: a rank below 1 or above what the entry has.
+    """
+    for gate in gates.values():
+        gate.set_ranks(dict.fromkeys(gate.names, ranks) if isinstance(ranks, int) else ranks)
+
+
+def factors(model: PeftModel) -> dict[str, tuple[Tensor, Tensor]]:
+    """The trained (A, B) of every adapted layer by module name; under a gate, B without it.
+
+    The rank axis is A's first and B's second.
+    """
+    found = {}
+    for name, layer in _layers(model).items():
+        gated = _gate(layer) is not None
+        owner, slot = _b_slot(layer)
+        b = cast(Any, owner.parametrizations)[slot].original if gated else _b_weight(layer)
+        embedding = ADAPTER in layer.lora_embedding_A
+        a = layer.lora_embedding_A[ADAPTER] if embedding else layer.lora_A[ADAPTER].weight
+        found[name] = (a, b)
+    return found
 
 
 def values(gates: Mapping[str, Gate]) -> dict[str, list[float]]:
@@ -266,22 +343,33 @@ def bake(model: PeftModel, keep: Mapping[str, list[int]] | None = None) -> None:
     for name, layer in _layers(model).items():
         if (gate := _gate(layer)) is not None and keep is not None:
             pieces[name] = _kept(name, gate, keep)
-    config = model.peft_config[ADAPTER]
     for name, layer in _layers(model).items():
         if _gate(layer) is None:
             continue
         parametrize.remove_parametrizations(*_b_slot(layer), leave_parametrized=True)
         if name in pieces:
             _shrink(layer, pieces[name])
-            # first hit wins in PEFT, so a pruned layer's own pattern goes before what was there
-            key = f"^{re.escape(name)}"
-            r, alpha = layer.r[ADAPTER], layer.lora_alpha[ADAPTER]
-            config.rank_pattern = {key: r} | {
-                k: v for k, v in config.rank_pattern.items() if k != key
-            }
-            config.alpha_pattern = {key: alpha} | {
-                k: v for k, v in config.alpha_pattern.items() if k != key
-            }
+    if pieces:
+        _write_ranks(model)
+
+
+def _write_ranks(model: PeftModel) -> None:
+    """Makes the model's LoraConfig say the layers' ranks: r and alpha the commonest, patterns for
+    the rest, so that an adapter of one rank has no pattern, which not every server reads.
+    """
+    config = model.peft_config[ADAPTER]
+    found = {
+        name: (layer.r[ADAPTER], layer.lora_alpha[ADAPTER])
+        for name, layer in _layers(model).items()
+    }
+    (config.r, config.lora_alpha), _ = Counter(found.values()).most_common(1)[0]
+    others = {
+        f"^{re.escape(name)}": pair
+        for name, pair in found.items()
+        if pair != (config.r, config.lora_alpha)
+    }
+    config.rank_pattern = {key: r for key, (r, _) in others.items()}
+    config.alpha_pattern = {key: alpha for key, (_, alpha) in others.items()}
 
 
 def realised(

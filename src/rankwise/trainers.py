@@ -8,7 +8,7 @@ One optimizer step of a search (arXiv 2403.09113, Algorithm 1):
 3. one AdamW step of θ with ∇_θ L_train and of β with the hypergradient, at two learning rates.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +90,55 @@ class FiniteTrainer(Trainer):
                 )
 
 
+class GatedTrainer(FiniteTrainer):
+    """Trains a model with gates attached; its checkpoints hold what a gated run needs to go on.
+
+    Args:
+        model: PEFT model with gates attached.
+        args: TrainingArguments.
+        gated: what `gates.attach` or `gates.attach_nested` returned.
+        configuration: what a checkpoint has to agree with to be resumed.
+        **trainer: of transformers.Trainer.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        args: TrainingArguments,
+        *,
+        gated: Mapping[str, gates.Gate],
+        configuration: dict[str, Any],
+        **trainer: Any,
+    ):
+        super().__init__(model, args, **trainer)
+        self.gated, self.configuration = gated, configuration
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Trainable tensors, raw, and what they belong to."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        trainable = {n: p.detach().contiguous() for n, p in _trainable(self.model)}
+        save_file(trainable, folder / "search.safetensors")
+        write_json(folder / "search.json", self.configuration)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        self._good = resume_from_checkpoint
+        try:
+            saved = load_file(Path(resume_from_checkpoint) / "search.safetensors")
+            with torch.no_grad():
+                for name, parameter in _trainable(self.model):
+                    parameter.copy_(saved[name])
+        except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(
+                f"cannot read {resume_from_checkpoint}/search.safetensors: {error}; resume from an "
+                "earlier checkpoint"
+            ) from error
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """What it takes to compute the loss of a training micro-batch again, dropout masks included."""
@@ -99,7 +148,7 @@ class MicroBatch:
     rng: tuple[Tensor, Tensor | None]
 
 
-class SearchTrainer(FiniteTrainer):
+class SearchTrainer(GatedTrainer):
     """Trains LoRA factors and task head on D_tr while the gates learn on D_val.
 
     Args:
@@ -117,14 +166,14 @@ class SearchTrainer(FiniteTrainer):
         model: PeftModel,
         args: TrainingArguments,
         *,
-        gated: dict[str, gates.Gate],
+        gated: Mapping[str, gates.LearnedGate],
         method: AutoLoRA,
         validation_dataset: Any,
         configuration: dict[str, Any],
         **trainer: Any,
     ):
-        super().__init__(model, args, **trainer)
-        self.gated, self.method, self.configuration = gated, method, configuration
+        super().__init__(model, args, gated=gated, configuration=configuration, **trainer)
+        self.method = method
         self.betas = [gate.beta for gate in gated.values()]
         meta = {id(beta) for beta in self.betas}
         self.parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in meta]
@@ -267,31 +316,6 @@ class SearchTrainer(FiniteTrainer):
         """Adds the mean rank that the current α would give."""
         kept = [len(self.method.kept(a)) for a in gates.values(self.gated).values()]
         super().log(logs | {"mean_rank": round(sum(kept) / len(kept), 4)}, start_time)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """What a search needs to go on: trainable tensors, raw, and what they belong to."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        trainable = {n: p.detach().contiguous() for n, p in _trainable(self.model)}
-        save_file(trainable, folder / "search.safetensors")
-        write_json(folder / "search.json", self.configuration)
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        self._good = resume_from_checkpoint
-        try:
-            saved = load_file(Path(resume_from_checkpoint) / "search.safetensors")
-            with torch.no_grad():
-                for name, parameter in _trainable(self.model):
-                    parameter.copy_(saved[name])
-        except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(
-                f"cannot read {resume_from_checkpoint}/search.safetensors: {error}; resume from an "
-                "earlier checkpoint"
-            ) from error
 
 
 def task_type_of(model: nn.Module) -> str | None:
