@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from rankwise.files import temporary_name
 from rankwise.plan import RankPlan
 
 
@@ -48,10 +49,8 @@ def save_heatmap(plan: RankPlan, path: Path) -> bool:
         f"ranks, mean {mean:.2f} of {plan.r_max}; {plan.parameters:,} parameters", fontsize=10
     )
     figure.colorbar(image, ax=axes, label="rank", shrink=0.7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=130, format="png")
-    temporary.replace(path)
+    with temporary_name(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
     return True
 
 
