@@ -1,8 +1,11 @@
-"""What all tests share: a tiny BERT on disk and rows that it can learn, both made here, offline."""
+"""What all tests share, made here, offline: a tiny BERT on disk, rows that it can learn, and a
+process without rankwise."""
 
 import json
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,3 +94,33 @@ def rows_dir(tmp_path_factory) -> str:
     for seed, (split, count) in enumerate({"train": 36, "validation": 12, "test": 12}.items()):
         write_jsonl(folder / f"{split}.jsonl", make_rows(count, seed))
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def plain_peft():
+    """Asks the process without rankwise for the logits of an adapter, loaded and merged."""
+    from safetensors.torch import load_file, save_file
+
+    script = Path(__file__).with_name("without_rankwise.py")
+    process = subprocess.Popen(
+        [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+    def ask(auto: str, base: Path, adapter: Path, inputs: dict, folder: Path) -> dict:
+        save_file(inputs, folder / "inputs.safetensors")
+        request = {
+            "auto": auto,
+            "base": str(base),
+            "adapter": str(adapter),
+            "inputs": str(folder / "inputs.safetensors"),
+            "out": str(folder / "out.safetensors"),
+        }
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+        reply = process.stdout.readline().strip()
+        assert reply == "done", reply
+        return load_file(folder / "out.safetensors")
+
+    yield ask
+    process.stdin.close()
+    process.wait(timeout=30)

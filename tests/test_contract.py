@@ -4,61 +4,33 @@ attach -> a few steps of the method's own search -> bake or prune -> save -> rel
 a process where rankwise cannot be imported -> equal logits; merge -> equal logits.
 """
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import TrainingArguments, default_data_collator
 
 from families import FAMILIES, Family, batch, family, rows
-from rankwise import METHODS, gates
+from rankwise import METHODS, DyLoRA, gates
+from rankwise.nested import NestedTrainer
 from rankwise.plan import RankPlan
 from rankwise.trainers import SearchTrainer, task_type_of
 
 K = 3
 
 
-@pytest.fixture(scope="module")
-def plain_peft():
-    """Asks the process without rankwise for the logits of an adapter, loaded and merged."""
-    script = Path(__file__).with_name("without_rankwise.py")
-    process = subprocess.Popen(
-        [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-
-    def ask(auto: str, base: Path, adapter: Path, inputs: dict, folder: Path) -> dict:
-        save_file(inputs, folder / "inputs.safetensors")
-        request = {
-            "auto": auto,
-            "base": str(base),
-            "adapter": str(adapter),
-            "inputs": str(folder / "inputs.safetensors"),
-            "out": str(folder / "out.safetensors"),
-        }
-        process.stdin.write(json.dumps(request) + "\n")
-        process.stdin.flush()
-        reply = process.stdout.readline().strip()
-        assert reply == "done", reply
-        return load_file(folder / "out.safetensors")
-
-    yield ask
-    process.stdin.close()
-    process.wait(timeout=30)
-
-
 def searched(of: Family, method_name: str, folder: Path):
-    """A gated model after a few steps of the method's search, with everything off its start."""
+    """A gated model after a few steps of the method's own, with everything off its start.
+
+    Under DyLoRA every entry then stands at another rank.
+    """
     method = METHODS[method_name]
     model = of.model()
     model.save_pretrained(folder / "base")
     entries = gates.find_entries(model, None, K)
     plan = RankPlan(entries, r_max=K, scaling=2.0)
     peft_model = gates.build(model, plan, task_type=task_type_of(model))
-    gated = gates.attach(peft_model, plan, method.activation, method.initial(K))
     args = TrainingArguments(
         output_dir=str(folder / "search"),
         max_steps=4,
@@ -70,20 +42,34 @@ def searched(of: Family, method_name: str, folder: Path):
         use_cpu=True,
         disable_tqdm=True,
     )
+    common = {
+        "train_dataset": rows(of),
+        "configuration": {},
+        "data_collator": default_data_collator,
+    }
+    if isinstance(method, DyLoRA):
+        trainer = NestedTrainer(peft_model, args, plan=plan, method=method, **common)
+        trainer.train()
+        gates.set_ranks(
+            trainer.nested_gates, {name: 1 + i % K for i, name in enumerate(plan.modules)}
+        )
+        return peft_model.eval(), plan, trainer.nested_gates, method
+    gated = gates.attach(peft_model, plan, method.activation, method.initial(K))
+    val = rows(of, seed=2)
     SearchTrainer(
-        peft_model,
-        args,
-        gated=gated,
-        method=method,
-        train_dataset=rows(of),
-        validation_dataset=rows(of, seed=2),
-        configuration={},
-        data_collator=default_data_collator,
+        peft_model, args, gated=gated, method=method, validation_dataset=val, **common
     ).train()
     with torch.no_grad():  # far apart, so that a wrong order of pieces would show
         for i, gate in enumerate(gated.values()):
             gate.beta += torch.linspace(-1, 1, gate.beta.numel()).roll(i)
     return peft_model.eval(), plan, gated, method
+
+
+def kept(method, alpha: list[float]) -> list[int]:
+    """The pieces that the method's gate says stay."""
+    if isinstance(method, DyLoRA):
+        return [j for j, g in enumerate(alpha) if g > 0]
+    return method.kept(alpha)
 
 
 @torch.no_grad()
@@ -124,16 +110,16 @@ def test_pruned_adapter_computes_the_function_without_the_pruned_pieces(
     of, method_name, plain_peft, tmp_path
 ):
     model, plan, gated, method = searched(of, method_name, tmp_path)
-    keep = {name: method.kept(alpha) for name, alpha in gates.values(gated).items()}
+    keep = {name: kept(method, alpha) for name, alpha in gates.values(gated).items()}
     assert 0 < sum(map(len, keep.values())) < sum(plan.ranks.values())
     silenced = dict(model.named_modules())
     with torch.no_grad():  # the oracle: pruned pieces silenced by zeros in the gated model
         for name, gate in gated.items():
             b = silenced[f"base_model.model.{name}"].lora_B["default"].parametrizations.weight
-            kept = torch.zeros(sum(gate.sizes), dtype=torch.bool)
+            stays = torch.zeros(sum(gate.sizes), dtype=torch.bool)
             for i, entry in enumerate(gate.names):
-                kept[[i * K + j for j in keep[entry]]] = True
-            b.original[:, ~kept] = 0
+                stays[[i * K + j for j in keep[entry]]] = True
+            b.original[:, ~stays] = 0
     expected = logits(model, of)
     gates.bake(model, keep)
     torch.testing.assert_close(logits(model, of), expected, rtol=1e-5, atol=1e-6)

@@ -373,7 +373,7 @@ def test_two_processes_equal_one_with_their_batches(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     for command, size in (([sys.executable], "8"), ([*torchrun, "--master_port=29517"], "4")):
         done = subprocess.run(
-            [*command, script, size, str(tmp_path / size)],
+            [*command, script, size, str(tmp_path / size), "autolora"],
             env=environment,
             capture_output=True,
             text=True,

@@ -1,4 +1,7 @@
-"""A search under torchrun on CPU; process 0 writes the plan. Arguments: batch, folder."""
+"""A search, or DyLoRA's training, under torchrun on CPU; process 0 writes the plan or the adapter.
+
+Arguments: batch, folder, "autolora" or "dylora".
+"""
 
 import os
 import sys
@@ -7,7 +10,7 @@ from pathlib import Path
 from transformers import TrainingArguments, default_data_collator
 
 from families import family, rows
-from rankwise import AutoLoRA, search
+from rankwise import AutoLoRA, RankPlan, search, train
 
 of = family("bert-classification")
 of.config.hidden_dropout_prob = of.config.attention_probs_dropout_prob = 0.0
@@ -24,12 +27,20 @@ args = TrainingArguments(
     ddp_backend="gloo" if "LOCAL_RANK" in os.environ else None,
     disable_tqdm=True,
 )
-plan = search(
-    of.model(),
-    rows(of, 48),
-    method=AutoLoRA(learning_rate=1e-2, lookahead=1.0),
-    args=args,
-    data_collator=default_data_collator,
-)
-if args.process_index == 0:
-    plan.save(out / "plan.json")
+if sys.argv[3] == "dylora":
+    model = of.model()
+    plan = RankPlan.uniform(model, 4)
+    collator = default_data_collator
+    trainer = train(model, plan, rows(of, 48), args=args, method="dylora", data_collator=collator)
+    if args.process_index == 0:
+        trainer.save_nested(out)
+else:
+    plan = search(
+        of.model(),
+        rows(of, 48),
+        method=AutoLoRA(learning_rate=1e-2, lookahead=1.0),
+        args=args,
+        data_collator=default_data_collator,
+    )
+    if args.process_index == 0:
+        plan.save(out / "plan.json")

@@ -1,6 +1,8 @@
 """rankwise: LoRA ranks chosen from your data."""
 
+from rankwise.adapter import Adapter
 from rankwise.errors import (
+    AdapterError,
     CheckpointError,
     DataError,
     DivergedError,
@@ -10,7 +12,8 @@ from rankwise.errors import (
     RankwiseError,
 )
 from rankwise.gates import attach, bake, build
-from rankwise.methods import METHODS, AutoLoRA
+from rankwise.methods import METHODS, AutoLoRA, DyLoRA
+from rankwise.nested import Curve, curve, pick
 from rankwise.plan import Entry, RankPlan
 from rankwise.training import search, train
 
@@ -18,10 +21,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "Adapter",
+    "AdapterError",
     "AutoLoRA",
     "CheckpointError",
+    "Curve",
     "DataError",
     "DivergedError",
+    "DyLoRA",
     "Entry",
     "ModelError",
     "OutputError",
@@ -31,6 +38,8 @@ __all__ = [
     "attach",
     "bake",
     "build",
+    "curve",
+    "pick",
     "search",
     "train",
 ]

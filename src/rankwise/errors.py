@@ -17,6 +17,10 @@ class ModelError(RankwiseError):
     """A model or tokenizer cannot be loaded, or is not of a kind that can be adapted."""
 
 
+class AdapterError(RankwiseError):
+    """An adapter on disk is damaged, of a kind that cannot be truncated, or lacks the rank."""
+
+
 class CheckpointError(RankwiseError):
     """A checkpoint is missing, incomplete, or belongs to another run."""
 

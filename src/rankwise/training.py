@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import Subset
 from transformers import PreTrainedModel, SchedulerType, Trainer, TrainingArguments, set_seed
@@ -18,8 +19,9 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from rankwise import gates
-from rankwise.errors import CheckpointError, DataError, RankwiseError
-from rankwise.methods import METHODS, AutoLoRA
+from rankwise.errors import CheckpointError, DataError, PlanError, RankwiseError
+from rankwise.methods import METHODS, AutoLoRA, DyLoRA, Method
+from rankwise.nested import Curve, NestedTrainer, curve, pick
 from rankwise.plan import RankPlan
 from rankwise.trainers import FiniteTrainer, SearchTrainer, task_type_of
 
@@ -30,9 +32,9 @@ def search(
     model: PreTrainedModel,
     train_dataset: Any,
     *,
-    method: str | AutoLoRA = "autolora",
+    method: str | Method = "autolora",
     validation_dataset: Any = None,
-    validation_fraction: float = 0.5,
+    validation_fraction: float | None = None,
     r: int = 8,
     lora_alpha: float | None = None,
     lora_dropout: float = 0.0,
@@ -51,10 +53,12 @@ def search(
         model: base model, without adapters.
         train_dataset: rows ready for the model (`input_ids`, `attention_mask`, `labels`), a
             `datasets.Dataset` or any dataset with a length and an index.
-        method: a name from `rankwise.METHODS` or an `AutoLoRA(...)`.
-        validation_dataset: D_val, on which β is learned. None takes it from `train_dataset`.
+        method: a name from `rankwise.METHODS`, an `AutoLoRA(...)` or a `DyLoRA(...)`.
+        validation_dataset: D_val, on which AutoLoRA learns β and DyLoRA compares ranks. None takes
+            it from `train_dataset`.
         validation_fraction: share of `train_dataset` that becomes D_val where
-            `validation_dataset` is None; 0.5 in the paper. Drawn with `args.seed`.
+            `validation_dataset` is None, drawn with `args.seed`. None is 0.5 for AutoLoRA, as in
+            its paper, and 0.1 for DyLoRA.
         r: k, the rank-1 pieces of every layer; the largest rank that can come out.
         lora_alpha: LoRA's alpha at rank r. None is 2 r, a scaling of 2, which the plan keeps for
             every module.
@@ -71,7 +75,11 @@ def search(
             `callbacks`, ...).
 
     Returns:
-        RankPlan with the learned gate values and its provenance.
+        RankPlan with its provenance: for AutoLoRA with the learned gate values; for DyLoRA one rank
+        for all, the smallest within one standard error of the best on D_val by
+        `args.metric_for_best_model` (the loss where that is None), with the whole curve in its
+        provenance. To keep the adapter that DyLoRA trained, which needs no retraining, use
+        `train(..., method="dylora")`, `curve` and `Adapter.truncate`.
 
     Raises:
         RankwiseError: arguments out of range, targets that match nothing, an empty split, a
@@ -89,7 +97,8 @@ def search(
     with TemporaryDirectory() as scratch:
         args = args or _default_args(scratch)
         args = search_args(args, method)
-        data = two_sets(train_dataset, validation_dataset, validation_fraction, args.seed)
+        fraction = default_fraction(method) if validation_fraction is None else validation_fraction
+        data = two_sets(train_dataset, validation_dataset, fraction, args.seed)
         modules = gates.find_entries(model, target_modules, r)
         plan = RankPlan(modules, r_max=r, scaling=2.0 if lora_alpha is None else lora_alpha / r)
         lora = {"task_type": task_type or task_type_of(model), "lora_dropout": lora_dropout}
@@ -98,6 +107,12 @@ def search(
         checkpoint = find_checkpoint(args.output_dir, resume_from_checkpoint, configuration)
         set_seed(args.seed)
         with gates.adapted(model, plan, **lora) as peft_model:
+            if isinstance(method, DyLoRA):
+                nested = _nested_trainer(
+                    peft_model, plan, method, data.train, args, configuration, **trainer
+                )
+                nested.train(resume_from_checkpoint=checkpoint)
+                return _picked(plan, curve(nested, data.validation), provenance)
             gated = gates.attach(peft_model, plan, method.activation, method.initial(r))
             trainer_ = SearchTrainer(
                 peft_model,
@@ -137,12 +152,39 @@ def _learned(
     return replace(learned, modules=modules)
 
 
+def _nested_trainer(
+    peft_model: PeftModel,
+    plan: RankPlan,
+    method: DyLoRA,
+    train_dataset: Any,
+    args: TrainingArguments,
+    configuration: dict[str, Any],
+    **trainer: Any,
+) -> NestedTrainer:
+    return NestedTrainer(
+        peft_model,
+        args,
+        plan=plan,
+        method=method,
+        configuration=configuration,
+        train_dataset=train_dataset,
+        **trainer,
+    )
+
+
+def _picked(plan: RankPlan, curve: Curve, provenance: dict[str, Any]) -> RankPlan:
+    """The plan of one rank for all that the curve speaks for."""
+    ranks = dict.fromkeys(plan.modules, pick(curve))
+    return plan.with_ranks(ranks, **provenance, curve=json.loads(json.dumps(curve.to_dict())))
+
+
 def train(
     model: PreTrainedModel,
     plan: RankPlan,
     train_dataset: Any,
     *,
     args: TrainingArguments,
+    method: str | DyLoRA | None = None,
     task_type: str | None = None,
     lora_dropout: float = 0.0,
     resume_from_checkpoint: str | bool | None = None,
@@ -154,33 +196,60 @@ def train(
         model: base model; it carries the trained adapter afterwards, as `trainer.model`.
         plan: made for this model.
         train_dataset: D_tr and D_val together, where the plan comes from a search.
-        args: TrainingArguments. `args.seed` also draws the factors.
+        args: TrainingArguments. `args.seed` also draws the factors, and DyLoRA's ranks.
+        method: None for plain LoRA; "dylora", "dylora-frozen" or `DyLoRA(...)` for an adapter that
+            works at every rank up to the plan's, which has to be the same for all modules.
         task_type, lora_dropout: of the LoraConfig; None infers the type from the model's class.
         resume_from_checkpoint: a checkpoint folder, or True for the last complete one in
             `args.output_dir`.
         **trainer: passed on to transformers.Trainer.
 
     Returns:
-        The Trainer, trained; its `model` is an ordinary PeftModel.
+        The Trainer, trained. Its `model` is an ordinary PeftModel; with a method it is a
+        `NestedTrainer`, for `rankwise.curve`, and `save_nested` writes the adapter.
 
     Raises:
-        PlanError: the plan is for another model. CheckpointError: nothing to resume from.
-        DivergedError: the loss became NaN or infinite.
+        PlanError: the plan is for another model, or has several ranks where DyLoRA needs one.
+        RankwiseError: a range of ranks that the plan does not allow. CheckpointError: nothing to
+            resume from. DivergedError: the loss became NaN or infinite.
 
     Example:
         >>> trainer = rankwise.train(base, plan, train_dataset, args=args)
         >>> trainer.model.save_pretrained("adapter")
     """
-    checkpoint = find_checkpoint(args.output_dir, resume_from_checkpoint)
-    set_seed(args.seed)
-    peft_model = gates.build(
-        model, plan, task_type=task_type or task_type_of(model), lora_dropout=lora_dropout
-    )
+    lora = {"task_type": task_type or task_type_of(model), "lora_dropout": lora_dropout}
     if args.label_names is None:  # Trainer cannot read them off a PEFT model
         args = _replaced(args, label_names=["labels"])
-    trainer_ = FiniteTrainer(peft_model, args, train_dataset=train_dataset, **trainer)
+    if method is not None:
+        nested = _dylora(method)
+        check_nested(nested, plan)
+        args = search_args(args, nested)
+        configuration = {"method": asdict(nested), "ranks": plan.ranks, "scaling": plan.scaling}
+        configuration |= {"lora": lora} | _decisive(args)
+        checkpoint = find_checkpoint(args.output_dir, resume_from_checkpoint, configuration)
+        set_seed(args.seed)
+        peft_model = gates.build(model, plan, **lora)
+        trainer_: FiniteTrainer = _nested_trainer(
+            peft_model, plan, nested, train_dataset, args, configuration, **trainer
+        )
+    else:
+        checkpoint = find_checkpoint(args.output_dir, resume_from_checkpoint)
+        set_seed(args.seed)
+        peft_model = gates.build(model, plan, **lora)
+        trainer_ = FiniteTrainer(peft_model, args, train_dataset=train_dataset, **trainer)
     trainer_.train(resume_from_checkpoint=checkpoint)
     return trainer_
+
+
+def check_nested(method: DyLoRA, plan: RankPlan) -> None:
+    """Raises PlanError or RankwiseError where DyLoRA cannot train at this plan."""
+    if odd := {name: r for name, r in plan.ranks.items() if r != plan.r_max}:
+        name, r = next(iter(odd.items()))
+        raise PlanError(
+            f"DyLoRA draws one rank for all modules, up to {plan.r_max}, but {name!r} has rank "
+            f"{r}; give RankPlan.uniform(model, r)"
+        )
+    method.probabilities(plan.r_max)
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
@@ -292,14 +361,26 @@ def _select(dataset: Any, rows: list[int]) -> Any:
     return dataset.select(rows) if isinstance(dataset, Dataset) else Subset(dataset, rows)
 
 
-def _method(method: str | AutoLoRA) -> AutoLoRA:
-    if isinstance(method, AutoLoRA):
+def _method(method: str | Method) -> Method:
+    if isinstance(method, AutoLoRA | DyLoRA):
         return method
     if method not in METHODS:
         raise RankwiseError(
-            f"method is {method!r}; give AutoLoRA(...) or one of {', '.join(METHODS)}"
+            f"method is {method!r}; give AutoLoRA(...), DyLoRA(...) or one of {', '.join(METHODS)}"
         )
     return METHODS[method]
+
+
+def _dylora(method: str | DyLoRA) -> DyLoRA:
+    found = _method(method)
+    if not isinstance(found, DyLoRA):
+        raise RankwiseError(f"method is {method!r}; what trains an adapter at once is dylora")
+    return found
+
+
+def default_fraction(method: Method) -> float:
+    """Share of the training rows that a method's choice is made on."""
+    return 0.5 if isinstance(method, AutoLoRA) else 0.1
 
 
 def _default_args(scratch: str) -> TrainingArguments:
@@ -313,9 +394,10 @@ def _default_args(scratch: str) -> TrainingArguments:
     )
 
 
-def search_args(args: TrainingArguments, method: AutoLoRA) -> TrainingArguments:
-    """The user's arguments, with what a two-level search needs; refused where it cannot work."""
-    if args.fp16:
+def search_args(args: TrainingArguments, method: Method) -> TrainingArguments:
+    """The user's arguments, with what a method needs; refused where it cannot work."""
+    two_level = isinstance(method, AutoLoRA)
+    if args.fp16 and two_level:
         raise RankwiseError(
             "fp16 scales losses, which a hypergradient cannot see; use bf16 or float32"
         )
@@ -326,11 +408,11 @@ def search_args(args: TrainingArguments, method: AutoLoRA) -> TrainingArguments:
     if args.fsdp or args.deepspeed:
         raise RankwiseError("a search shards no parameters; run it without fsdp and deepspeed")
     optim = OptimizerNames(args.optim).value
-    if "adamw" not in optim:
+    if "adamw" not in optim and two_level:
         raise RankwiseError(f"optim is {optim}; a search takes an AdamW, for its gates too")
     if args.auto_find_batch_size:
         raise RankwiseError("auto_find_batch_size starts a search over half-way; give a batch size")
-    if args.torch_compile and method.estimator == "exact":
+    if args.torch_compile and isinstance(method, AutoLoRA) and method.estimator == "exact":
         raise RankwiseError(
             "torch.compile has no double backward; use finite_difference or no compile"
         )
@@ -360,7 +442,7 @@ def _check_lora(model: nn.Module, lora_alpha: float | None, lora_dropout: float)
 
 def _provenance(
     model: nn.Module,
-    method: AutoLoRA,
+    method: Method,
     plan: RankPlan,
     data: TwoSets,
     args: TrainingArguments,

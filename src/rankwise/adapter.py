@@ -1,0 +1,468 @@
+"""Adapters on disk: read, cut down to smaller ranks, written again; no base model, no data, no GPU.
+
+Two ways to cut. A nested adapter (DyLoRA's) keeps the first b pieces of each module at scale α/b.
+Any other LoRA adapter is truncated by the singular value decomposition of its own B A, which is the
+best approximation of that rank in the Frobenius norm (Eckart and Young).
+"""
+
+import copy
+import json
+import math
+import re
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rankwise.errors import AdapterError, PlanError
+from rankwise.files import replace_folder, write_json
+from rankwise.plan import RankPlan
+
+WEIGHTS, CONFIG, NESTED = "adapter_model.safetensors", "adapter_config.json", "nested_plan.json"
+
+_FACTOR = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_(embedding_)?([AB])(?:\.weight)?$")
+
+# What changes the function of an adapter in ways that a change of rank would break, and why.
+_REFUSED = {
+    "use_dora": "DoRA divides by the norm of W + BA, so a truncated BA changes every column",
+    "use_qalora": "QA-LoRA pools the input of A, so BA is no update of W",
+    "use_bdlora": "block-diagonal LoRA keeps one factor in blocks, so BA is no update of W",
+    "kasa_config": "KaSA removes r components from the base model, and scales the pieces apart",
+    "monteclora_config": "its sampler has the shape of the rank",
+    "target_parameters": "its factors belong to several experts at once",
+    "layer_replication": "its layers are copies that share a base",
+    "megatron_config": "its layers are split over devices",
+}
+_REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One adapted module: ΔW = scaling · B A.
+
+    Attributes:
+        a: (r, in), for a convolution (r, in, height, width).
+        b: (out, r), for a convolution (out, r, 1, 1).
+        scaling: lora_alpha / r, or lora_alpha / √r under rsLoRA.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+    @property
+    def r(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def cost(self) -> int:
+        """Parameters of one rank-1 piece."""
+        return (self.a.numel() + self.b.numel()) // self.r
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What truncation did to one module.
+
+    Attributes:
+        r_before, r: ranks.
+        lost: ‖ΔW - ΔW'‖ / ‖ΔW‖ in the Frobenius norm, 0 to 1; None for a nested adapter, whose
+            smaller ranks were trained, not approximated.
+    """
+
+    r_before: int
+    r: int
+    lost: float | None = None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A PEFT LoRA adapter as it lies on disk.
+
+    Attributes:
+        config: adapter_config.json.
+        weights: adapter_model.safetensors.
+        plan: of a nested adapter, the plan that it was trained at (`r_max` everywhere, the smallest
+            trained rank in its provenance); None for an ordinary adapter.
+        cuts: by module, what the truncation that made this adapter did.
+
+    Example:
+        >>> Adapter.load("runs/dylora/nested").truncate(4).save("adapter-4")
+    """
+
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
+    plan: RankPlan | None = None
+    cuts: dict[str, Cut] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Adapter":
+        """Reads the adapter in a folder.
+
+        Raises:
+            AdapterError: no adapter there, not LoRA, damaged, not in safetensors, or of a kind
+                that a change of rank would break (DoRA and others); says why.
+            PlanError: the plan of a nested adapter cannot be read.
+        """
+        folder = Path(folder)
+        try:
+            config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise AdapterError(f"cannot read {folder / CONFIG}: {error}") from error
+        if not isinstance(config, dict):
+            raise AdapterError(
+                f"{folder / CONFIG} holds a {type(config).__name__}, not a JSON object; save the "
+                "adapter again with PEFT"
+            )
+        if (kind := config.get("peft_type")) != "LORA":
+            raise AdapterError(
+                f"{folder} holds an adapter of peft_type {kind!r}; only LORA can be cut, give one"
+            )
+        if not (folder / WEIGHTS).is_file():
+            other = (folder / "adapter_model.bin").is_file()
+            hint = "it has adapter_model.bin, a pickle; save it again with safetensors" * other
+            raise AdapterError(f"no {WEIGHTS} in {folder}; {hint or 'give an adapter folder'}")
+        try:
+            weights = load_file(folder / WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            raise AdapterError(
+                f"{folder / WEIGHTS} is damaged: {error}; save or copy it again"
+            ) from error
+        plan = RankPlan.load(folder / NESTED) if (folder / NESTED).is_file() else None
+        adapter = cls(config, weights, plan)
+        adapter._refuse_what_ranks_would_break()
+        adapter.factors()
+        return adapter
+
+    def _refuse_what_ranks_would_break(self) -> None:
+        for key, why in _REFUSED.items():
+            if self.config.get(key):
+                raise AdapterError(
+                    f"the adapter has {key}: {why}; train it anew at the rank you want"
+                )
+        init = self.config.get("init_lora_weights")
+        if isinstance(init, str) and init.lower().startswith(_REBASED):
+            raise AdapterError(
+                f"the adapter was initialised by {init}, which changes the base model by an amount "
+                "that depends on r; convert it to plain LoRA first (PEFT's "
+                "path_initial_model_for_weight_conversion)"
+            )
+
+    def factors(self) -> dict[str, Factors]:
+        """A, B and scaling of every adapted module, by the module's name in the base model.
+
+        Raises:
+            AdapterError: a factor without its other half, or shapes that the config contradicts.
+        """
+        pairs: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in self.weights.items():
+            if match := _FACTOR.match(key):
+                pairs.setdefault(match[1], {})[match[3]] = tensor
+            elif ".lora_" in key and not key.endswith(".lora_B.bias"):
+                raise AdapterError(
+                    f"the adapter has {key!r}, of a variant of LoRA that is not known here; a "
+                    "change of rank might break it, so train it anew at the rank you want"
+                )
+        if not pairs:
+            raise AdapterError(f"no LoRA factors in {WEIGHTS}; give a LoRA adapter")
+        found = {}
+        for name, pair in pairs.items():
+            if set(pair) != {"A", "B"}:
+                missing = ({"A", "B"} - set(pair)).pop()
+                raise AdapterError(
+                    f"{name!r} has no lora_{missing}; the file is incomplete, save the adapter "
+                    "again"
+                )
+            if ".base_layer." in name:  # PEFT gives it the rank of the module around it
+                raise AdapterError(
+                    f"{name!r} shares the rank of nn.MultiheadAttention around it; that cannot be "
+                    "cut, train it anew at the rank you want"
+                )
+            a, b = pair["A"], pair["B"]
+            r, alpha = self._rank_and_alpha(name)
+            if a.dim() < 2 or b.dim() < 2 or a.shape[0] != r or b.shape[1] != r:
+                raise AdapterError(
+                    f"{CONFIG} gives {name!r} rank {r}, but A is {tuple(a.shape)} and B "
+                    f"{tuple(b.shape)}; a convolution in groups cannot be cut, any other adapter "
+                    "has to be saved again"
+                )
+            if not (a.isfinite().all() and b.isfinite().all()):
+                raise AdapterError(
+                    f"{name!r} has NaN or infinite weights; its training diverged, train it anew"
+                )
+            root = r**0.5 if self.config.get("use_rslora") else r
+            found[name] = Factors(a, b, alpha / root)
+        return found
+
+    def _rank_and_alpha(self, name: str) -> tuple[int, float]:
+        """What PEFT gives this module: the first pattern that matches, or the config's own."""
+
+        def own(patterns: str, default: str) -> Any:
+            try:
+                for key, value in (self.config.get(patterns) or {}).items():
+                    if re.match(rf"(.*\.)?({key})$", name):
+                        return value
+            except (AttributeError, re.error) as error:
+                raise AdapterError(f"{patterns} in {CONFIG} is malformed: {error}") from error
+            return self.config.get(default)
+
+        r, alpha = own("rank_pattern", "r"), own("alpha_pattern", "lora_alpha")
+        if not isinstance(r, int) or r < 1:
+            raise AdapterError(f"{CONFIG} gives {name!r} r {r!r}; it has to be an integer >= 1")
+        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise AdapterError(
+                f"{CONFIG} gives {name!r} lora_alpha {alpha!r}; it has to be a number"
+            )
+        return r, float(alpha)
+
+    @property
+    def trained_ranks(self) -> list[int]:
+        """The ranks that a nested adapter was trained at, in ascending order; empty for others."""
+        if self.plan is None:
+            return []
+        method = self.plan.provenance.get("method")
+        about = method if isinstance(method, dict) else {}
+        ranks = range(int(about.get("r_min", 1)), self.plan.r_max + 1)
+        weights = about.get("weights") or [1] * len(ranks)
+        return [b for b, weight in zip(ranks, weights, strict=False) if weight > 0]
+
+    def truncate(self, ranks: int | RankPlan) -> "Adapter":
+        """The nested adapter cut to its first b pieces: one b for all, or a plan's ranks.
+
+        The function is that of the model in training at rank b: h = W0 x + (α/b) B[:, :b] A[:b] x.
+        r / b goes into B, so that every module keeps the scaling of the plan.
+
+        Args:
+            ranks: b, or a plan of the same modules (see `rankwise.elastic`).
+
+        Raises:
+            AdapterError: not a nested adapter (use `truncate_svd`), or a rank that was not trained.
+            PlanError: a plan of other modules.
+        """
+        if self.plan is None:
+            raise AdapterError("the adapter was not trained by DyLoRA; use truncate_svd")
+        wanted = self._wanted(self.plan, ranks)
+        factors = self.factors()
+        if missing := {entry.module for entry in self.plan.modules.values()} - set(factors):
+            raise PlanError(f"{NESTED} has the module {min(missing)!r}, which the weights lack")
+        new = {module: _first(module, old, self.plan, wanted) for module, old in factors.items()}
+        return self._with(new, {name: Cut(factors[name].r, f.r) for name, f in new.items()})
+
+    def _wanted(self, plan: RankPlan, ranks: int | RankPlan) -> dict[str, int]:
+        """b by entry, each one a rank that was trained."""
+        wanted = dict.fromkeys(plan.modules, ranks) if isinstance(ranks, int) else ranks.ranks
+        if set(wanted) != set(plan.modules):
+            odd = sorted(set(wanted) ^ set(plan.modules))[0]
+            raise PlanError(f"plan and adapter differ in the module {odd!r}; it is for another one")
+        trained = self.trained_ranks
+        for name, b in wanted.items():
+            if b not in trained:
+                raise AdapterError(
+                    f"rank {b} of {name!r} was not trained; the adapter has the ranks "
+                    f"{', '.join(map(str, trained))}"
+                )
+        return wanted
+
+    def truncate_svd(
+        self, r: int | None = None, *, energy: float | None = None, budget: int | None = None
+    ) -> "Adapter":
+        """A LoRA adapter of lower rank, the closest one to this: by the exact SVD of each B A.
+
+        Costs a thin QR of both factors and an SVD of an r x r matrix for each module; the full
+        matrix (out, in) is never made. Give exactly one of the three.
+
+        Args:
+            r: rank of every module; modules of a smaller rank keep theirs.
+            energy: the smallest rank of each module that keeps this share of ‖ΔW‖², in (0, 1].
+            budget: parameters in all; the singular values that carry most of ‖ΔW‖² per parameter
+                over the whole model are kept, at least one in each module. Never worse than the
+                largest single rank within the budget; the best of all where every piece costs the
+                same.
+
+        Raises:
+            AdapterError: not exactly one of the three, or one out of range.
+        """
+        if sum(x is not None for x in (r, energy, budget)) != 1:
+            raise AdapterError("give one of r, energy and budget")
+        factors = self.factors()
+        largest = max(f.r for f in factors.values())
+        if r is not None and not (isinstance(r, int) and 1 <= r <= largest):
+            raise AdapterError(f"r is {r}; the adapter has ranks up to {largest}, give 1 to that")
+        if energy is not None and not 0 < energy <= 1:
+            raise AdapterError(f"energy is {energy}; it has to be above 0 and at most 1")
+        spectra = {name: _svd(f) for name, f in factors.items()}
+        ranks = _ranks(factors, {n: s for n, (_, s, _) in spectra.items()}, r, energy, budget)
+        new, cuts = {}, {}
+        for name, old in factors.items():
+            u, s, v = spectra[name]
+            b = ranks[name]
+            root = s[:b].sqrt()
+            new[name] = Factors(
+                (root[:, None] * v[:b]).view(b, *old.a.shape[1:]).to(old.a.dtype).contiguous(),
+                (u[:, :b] * root).view(len(u), b, *old.b.shape[2:]).to(old.b.dtype).contiguous(),
+                old.scaling,
+            )
+            total = float((s**2).sum())
+            lost = float((s[b:] ** 2).sum()) / total if total > 0 else 0.0
+            cuts[name] = Cut(old.r, b, lost**0.5)
+        return self._with(new, cuts)
+
+    def _with(self, factors: Mapping[str, Factors], cuts: dict[str, Cut]) -> "Adapter":
+        """This adapter with other factors, and a config that says their ranks and scalings."""
+        config = copy.deepcopy(self.config)
+        if isinstance(config.get("init_lora_weights"), str):
+            # how the factors began, no longer true; PEFT's "orthogonal" would refuse odd ranks
+            config |= {"init_lora_weights": True, "eva_config": None}
+        rooted = bool(config.get("use_rslora"))
+        said = {
+            name: (f.r, _tidy(f.scaling * (f.r**0.5 if rooted else f.r)))
+            for name, f in factors.items()
+        }
+        (config["r"], config["lora_alpha"]), _ = Counter(said.values()).most_common(1)[0]
+        others = {
+            f"^{re.escape(n)}": pair
+            for n, pair in said.items()
+            if pair != (config["r"], config["lora_alpha"])
+        }
+        config["rank_pattern"] = {key: r for key, (r, _) in others.items()}
+        config["alpha_pattern"] = {key: alpha for key, (_, alpha) in others.items()}
+        weights = dict(self.weights)
+        for key in self.weights:
+            if match := _FACTOR.match(key):
+                half = factors[match[1]]
+                weights[key] = half.a if match[3] == "A" else half.b
+        return Adapter(config, weights, None, cuts)
+
+    @property
+    def parameters(self) -> int:
+        """LoRA parameters of all modules, a task head not counted."""
+        return sum(f.a.numel() + f.b.numel() for f in self.factors().values())
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a stock PEFT adapter, through a temporary name; what it lost per module beside it.
+
+        A nested adapter that was not cut keeps its plan.
+
+        Raises:
+            AdapterError: the folder exists.
+        """
+        target = Path(folder)
+        if target.exists():
+            raise AdapterError(f"{target} exists; give a new folder")
+        work = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
+        work.mkdir(parents=True)
+        try:
+            save_file(self.weights, work / WEIGHTS, metadata={"format": "pt"})
+            write_json(work / CONFIG, self.config)
+            if self.plan is not None:
+                self.plan.save(work / NESTED)
+            if self.cuts:
+                write_json(work / "truncation.json", {n: vars(cut) for n, cut in self.cuts.items()})
+            replace_folder(work, target)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _first(module: str, old: Factors, plan: RankPlan, ranks: Mapping[str, int]) -> Factors:
+    """The first pieces of each entry of a module, r / b in B."""
+    kept: list[int] = []
+    scale: list[float] = []
+    start = 0
+    for name, entry in plan.modules.items():
+        if entry.module == module:
+            kept += range(start, start + ranks[name])
+            scale += [entry.r / ranks[name]] * ranks[name]
+            start += entry.r
+    if start != old.r:
+        raise PlanError(f"{NESTED} gives {module!r} rank {start}; the weights have {old.r}")
+    g = torch.tensor(scale, dtype=torch.float64)
+    b = (old.b[:, kept].double() * _along(g, old.b)).to(old.b.dtype)
+    return Factors(old.a[kept].clone(), b, old.scaling)
+
+
+def _along(g: Tensor, b: Tensor) -> Tensor:
+    """g (r,) shaped to multiply b (out, r, ...) along its rank axis."""
+    return g.view(1, -1, *[1] * (b.dim() - 2))
+
+
+def _svd(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    """U (out, r), σ (r,) in descending order, Vᵀ (r, in) of B A, in float64."""
+    a = factors.a.flatten(1).double()
+    b = factors.b.flatten(1).double()
+    qb, rb = torch.linalg.qr(b)
+    qa, ra = torch.linalg.qr(a.T)
+    u, s, v = torch.linalg.svd(rb @ ra.T)
+    return qb @ u, s, v @ qa.T
+
+
+def _ranks(
+    factors: Mapping[str, Factors],
+    spectra: Mapping[str, Tensor],
+    r: int | None,
+    energy: float | None,
+    budget: int | None,
+) -> dict[str, int]:
+    """The rank of every module under a rank, an energy or a budget."""
+    if r is not None:
+        return {name: min(r, len(spectra[name])) for name in factors}
+    if energy is not None:
+        return {name: _enough(s, energy) for name, s in spectra.items()}
+    least = sum(f.cost for f in factors.values())
+    if budget is None or budget < least:
+        raise AdapterError(f"budget is {budget}; rank 1 in every module takes {least} parameters")
+    # Many cheap pieces may leave no room for a dear one that carries more than all of them: a start
+    # from the largest single rank makes sure that the result is never worse than that.
+    single = dict.fromkeys(factors, 1)
+    for b in range(2, max(map(len, spectra.values())) + 1):
+        higher = {name: min(b, len(s)) for name, s in spectra.items()}
+        if sum(higher[name] * f.cost for name, f in factors.items()) <= budget:
+            single = higher
+    gains = {name: (factors[name].scaling * s) ** 2 for name, s in spectra.items()}
+    starts = (dict.fromkeys(factors, 1), single)
+    return max(
+        (_filled(start, factors, gains, budget) for start in starts),
+        key=lambda ranks: sum(float(gains[name][:b].sum()) for name, b in ranks.items()),
+    )
+
+
+def _filled(
+    start: Mapping[str, int],
+    factors: Mapping[str, Factors],
+    gains: Mapping[str, Tensor],
+    budget: int,
+) -> dict[str, int]:
+    """Ranks from `start` up, the piece that gains most per parameter first, while they fit."""
+    ranks = dict(start)
+    left = budget - sum(b * factors[name].cost for name, b in ranks.items())
+    pieces = [
+        (-float(gain) / factors[name].cost, name)
+        for name, of_module in gains.items()
+        for gain in of_module[ranks[name] :]
+    ]
+    for _, name in sorted(pieces, key=lambda piece: piece[0]):
+        if factors[name].cost <= left:
+            ranks[name] += 1
+            left -= factors[name].cost
+    return ranks
+
+
+def _enough(s: Tensor, energy: float) -> int:
+    """The smallest rank whose singular values hold this share of Σσ²."""
+    held = torch.cumsum(s**2, 0)
+    if held[-1] == 0:
+        return 1
+    return min(int((held < energy * held[-1] * (1 - 1e-12)).sum()) + 1, len(s))
+
+
+def _tidy(number: float) -> int | float:
+    """8.0 as 8: PEFT types lora_alpha as an int, though it takes both."""
+    nearest = round(number)
+    return nearest if math.isclose(number, nearest, rel_tol=1e-12) else number

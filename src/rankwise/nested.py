@@ -1,0 +1,321 @@
+"""DyLoRA's training as a Trainer, the quality of the trained adapter at every rank, and the pick.
+
+An adapter trained so is *nested*: for each b of the range its first b rank-1 pieces are an adapter
+of their own. It is an ordinary PEFT adapter at the largest rank; `rankwise.adapter` cuts the others
+out of it.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import EvalPrediction, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from rankwise import gates
+from rankwise.adapter import NESTED
+from rankwise.errors import DivergedError, RankwiseError
+from rankwise.methods import DyLoRA
+from rankwise.plan import RankPlan
+from rankwise.trainers import GatedTrainer
+
+RESAMPLES = 200  # of the bootstrap behind a standard error
+
+
+class NestedTrainer(GatedTrainer):
+    """Trains all ranks of a range at once: one drawn rank b per optimizer step (algorithm 1).
+
+    Outside of training steps the model stands at the largest rank; `set_ranks` changes that.
+
+    Args:
+        model: PEFT model built at the plan; it gets nested gates.
+        args: TrainingArguments; `args.seed` draws the ranks.
+        plan: the same rank for every entry, the largest that is trained.
+        method: the distribution of b, and what moves.
+        configuration: what a checkpoint has to agree with to be resumed.
+        **trainer: of transformers.Trainer.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        args: TrainingArguments,
+        *,
+        plan: RankPlan,
+        method: DyLoRA,
+        configuration: dict[str, Any],
+        **trainer: Any,
+    ):
+        gated = gates.attach_nested(model, plan)
+        super().__init__(model, args, gated=gated, configuration=configuration, **trainer)
+        self.nested_gates, self.method, self.r_max = gated, method, plan.r_max
+        about = {"name": "dylora", **asdict(method)}
+        self.plan = plan.with_ranks(plan.ranks, method=about, seed=args.seed)
+        self._factors = gates.factors(model)
+        self._batch_losses: list[Tensor] = []
+
+    def set_ranks(self, ranks: int | Mapping[str, int]) -> None:
+        """Makes the model an adapter of rank b: one b for all, or one per plan entry."""
+        gates.set_ranks(self.nested_gates, ranks)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        if self.method.frozen:
+            move_only(optimizer, self._moving)
+        return optimizer
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        # before the forward pass, whose recomputation under checkpointing has to see the same b,
+        # and alike for every micro-batch of the step
+        self.set_ranks(self._drawn())
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.method.frozen and self.accelerator.sync_gradients:
+            for parameter, axis, pieces in self._moving():  # the others must not count in clipping
+                if parameter.grad is not None:
+                    kept = parameter.grad.index_select(axis, pieces)
+                    parameter.grad.zero_().index_copy_(axis, pieces, kept)
+        return loss
+
+    def _drawn(self) -> int:
+        return self.method.draw(self.r_max, self.args.seed, self.state.global_step)
+
+    def _moving(self) -> Iterable[tuple[Tensor, int, Tensor]]:
+        """(A or B, its rank axis, indices on it of the b-th piece of every entry)."""
+        b = self._drawn()
+        for name, (a, b_matrix) in self._factors.items():
+            starts = np.cumsum([0, *self.nested_gates[name].sizes[:-1]])
+            pieces = torch.as_tensor(starts + b - 1, device=a.device)
+            yield a, 0, pieces
+            yield b_matrix, 1, pieces
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        if self.is_in_train:
+            self.set_ranks(self.r_max)
+        self._batch_losses.clear()
+        return super().evaluation_loop(*args, **kwargs)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        loss, logits, labels = super().prediction_step(*args, **kwargs)
+        if loss is not None:
+            self._batch_losses.append(loss.detach().float().mean())
+        return loss, logits, labels
+
+    def loss_standard_error(self) -> float:
+        """Of the last evaluation's mean loss, from the spread between its batches; 0 for one."""
+        losses = self.accelerator.gather(torch.stack(self._batch_losses).to(self.args.device))
+        return float(losses.std() / len(losses) ** 0.5) if len(losses) > 1 else 0.0
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.set_ranks(self.r_max)
+
+    def save_nested(self, folder: str | Path) -> None:
+        """Writes the trained adapter, from which `Adapter.truncate` cuts every rank of its range.
+
+        An ordinary PEFT adapter of the largest rank, and `nested_plan.json`, which says what was
+        trained. Call it on the main process.
+        """
+        folder = Path(folder)
+        self.set_ranks(self.r_max)
+        model = self.accelerator.unwrap_model(self.model)
+        gates.bake(model)
+        try:
+            model.save_pretrained(str(folder))
+            self.plan.save(folder / NESTED)
+        finally:  # new gates: the trainer can go on evaluating
+            self.nested_gates = gates.attach_nested(model, self.plan)
+            self._factors = gates.factors(model)
+
+
+def move_only(
+    optimizer: torch.optim.Optimizer, moving: Callable[[], Iterable[tuple[Tensor, int, Tensor]]]
+) -> None:
+    """Confines an optimizer's steps to some indices of some parameters, whatever the optimizer.
+
+    A gradient of zero does not keep AdamW still (momentum, weight decay), so what is not to move is
+    put back after each step, bit for bit, and with it the optimizer's state of the same shape.
+
+    Args:
+        optimizer: its step gets hooks.
+        moving: called before each step: (parameter, axis, indices on that axis that may move).
+    """
+    before: list[tuple[Tensor, int, Tensor, Tensor, dict[str, Tensor]]] = []
+
+    def remember(*_: Any) -> None:
+        before.clear()
+        for parameter, axis, pieces in moving():
+            state = {k: v.clone() for k, v in _elementwise(optimizer, parameter).items()}
+            before.append((parameter, axis, pieces, parameter.detach().clone(), state))
+
+    @torch.no_grad()
+    def put_back(*_: Any) -> None:
+        for parameter, axis, pieces, value, state in before:
+            _restore(parameter, value, axis, pieces)
+            for key, tensor in _elementwise(optimizer, parameter).items():
+                _restore(tensor, state.get(key, torch.zeros_like(tensor)), axis, pieces)
+
+    optimizer.register_step_pre_hook(remember)
+    optimizer.register_step_post_hook(put_back)
+
+
+def _elementwise(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """The optimizer's state that has a value for every element of the parameter."""
+    state = optimizer.state.get(parameter, {})
+    return {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == parameter.shape}
+
+
+def _restore(tensor: Tensor, before: Tensor, axis: int, moved: Tensor) -> None:
+    """Sets `tensor` to `before` everywhere but at the indices that moved."""
+    tensor.copy_(before.index_copy(axis, moved, tensor.index_select(axis, moved)))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The quality of one nested adapter at every rank, without retraining.
+
+    Attributes:
+        metric: the one that counts, "loss" where nothing else was computed.
+        greater_is_better: its direction.
+        ranks: in ascending order.
+        metrics: all metrics at each rank, the mean loss among them.
+        standard_errors: of `metric` at each rank: over bootstrap resamples of the rows, or for the
+            loss over batches.
+        rows: rows that it was measured on.
+    """
+
+    metric: str
+    greater_is_better: bool
+    ranks: tuple[int, ...]
+    metrics: tuple[dict[str, float], ...]
+    standard_errors: tuple[float, ...]
+    rows: int
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The metric that counts, at each rank."""
+        return tuple(found[self.metric] for found in self.metrics)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return asdict(self)
+
+
+def curve(
+    trainer: NestedTrainer,
+    dataset: Any,
+    *,
+    ranks: Iterable[int] | None = None,
+    metric: str | None = None,
+    greater_is_better: bool | None = None,
+) -> Curve:
+    """Evaluates a nested adapter at every rank of its range; the model ends at the largest.
+
+    Args:
+        trainer: what `rankwise.train(..., method="dylora")` returned.
+        dataset: rows with labels, ready for the model.
+        ranks: which ranks; None is all that were trained.
+        metric: the name under which the trainer's `compute_metrics` returns what counts; None is
+            `args.metric_for_best_model`, or else the loss.
+        greater_is_better: direction of the metric; None is `args.greater_is_better`, or else False
+            for names that end in "loss" or are "perplexity".
+
+    Raises:
+        RankwiseError: a rank that was not trained, a metric that is not computed.
+        DivergedError: the metric is not finite at some rank.
+
+    Example:
+        >>> curve(trainer, validation, metric="accuracy").values
+        (0.71, 0.74, 0.75, 0.75)
+    """
+    trained = [b for b, p in trainer.method.probabilities(trainer.r_max).items() if p > 0]
+    wanted = trained if ranks is None else sorted(ranks)
+    if odd := [b for b in wanted if b not in trained]:
+        raise RankwiseError(f"rank {odd[0]} was not trained; there are {trained}")
+    metric = (metric or trainer.args.metric_for_best_model or "loss").removeprefix("eval_")
+    if greater_is_better is None:
+        greater_is_better = trainer.args.greater_is_better
+    if greater_is_better is None:
+        greater_is_better = not metric.endswith(("loss", "perplexity"))
+    found, errors = [], []
+    try:
+        for b in wanted:
+            trainer.set_ranks(b)
+            output = trainer.predict(dataset, metric_key_prefix="eval")
+            values = _plain(output.metrics)
+            if metric not in values:
+                raise RankwiseError(
+                    f"metric is {metric!r}, but compute_metrics gives {', '.join(sorted(values))}"
+                )
+            if not np.isfinite(values[metric]):
+                raise DivergedError(f"{metric} is {values[metric]} at rank {b} after training")
+            found.append(values)
+            errors.append(_standard_error(trainer, metric, output))
+    finally:
+        trainer.set_ranks(trainer.r_max)
+    return Curve(
+        metric, greater_is_better, tuple(wanted), tuple(found), tuple(errors), len(dataset)
+    )
+
+
+def _plain(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Trainer's metrics under their own names, without what describes the machine."""
+    names = {name: name.removeprefix("eval_") for name in metrics}
+    timing = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+    return {plain: float(metrics[n]) for n, plain in names.items() if plain not in timing}
+
+
+def _standard_error(trainer: NestedTrainer, metric: str, output: Any) -> float:
+    """Standard deviation of a metric over bootstrap resamples of the evaluated rows, seeded."""
+    if trainer.compute_metrics is None or metric not in trainer.compute_metrics(
+        EvalPrediction(output.predictions, output.label_ids)
+    ):
+        return trainer.loss_standard_error()
+    rng = np.random.default_rng(0)
+    rows = len(output.label_ids)
+    values = []
+    for _ in range(RESAMPLES):
+        drawn = rng.integers(rows, size=rows)
+        sample = EvalPrediction(_take(output.predictions, drawn), _take(output.label_ids, drawn))
+        values.append(trainer.compute_metrics(sample)[metric])
+    return float(np.std(values, ddof=1))
+
+
+def _take(arrays: Any, rows: np.ndarray) -> Any:
+    if isinstance(arrays, tuple):
+        return tuple(_take(array, rows) for array in arrays)
+    return arrays[rows]
+
+
+def pick(curve: Curve, tolerance: float | None = None) -> int:
+    """The smallest rank whose metric lies within a tolerance of the best rank's.
+
+    Args:
+        curve: quality at every rank.
+        tolerance: in the metric's own units, at least 0; None is one standard error of the metric
+            at the best rank.
+
+    Raises:
+        RankwiseError: a negative tolerance.
+
+    Example:
+        >>> pick(curve)
+        3
+    """
+    if tolerance is not None and not tolerance >= 0:
+        raise RankwiseError(f"tolerance is {tolerance}; it has to be >= 0")
+    sign = 1 if curve.greater_is_better else -1
+    signed = [sign * value for value in curve.values]
+    best = int(np.argmax(signed))
+    allowed = curve.standard_errors[best] if tolerance is None else tolerance
+    return next(
+        b for b, value in zip(curve.ranks, signed, strict=True) if value >= signed[best] - allowed
+    )
