@@ -1,0 +1,263 @@
+"""Ranks by layer within a budget, against every plan there is, on losses whose gains are known."""
+
+import itertools
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import TrainingArguments, default_data_collator
+
+from families import family, rows
+from rankwise import Adapter, DivergedError, DyLoRA, PlanError, RankPlan, gates
+from rankwise.elastic import choose, uniform_within, validation_loss
+from rankwise.nested import NestedTrainer
+from rankwise.plan import Entry
+
+R = 4
+SQUARE = [(8, 8)] * 3
+
+
+def plan_of(sizes: list[tuple[int, int]], r: int = R) -> RankPlan:
+    """A nested adapter's plan: modules of these sizes, all at rank r."""
+    modules = {f"m{n}": Entry(r, *size, module=f"m{n}") for n, size in enumerate(sizes)}
+    return RankPlan(modules, r_max=r)
+
+
+class Additive:
+    """A loss from which each piece takes its own gain, whatever the other modules have."""
+
+    def __init__(self, gains: list[list[float]]):
+        self.gains = {f"m{n}": pieces for n, pieces in enumerate(gains)}
+        self.calls: list[dict[str, int]] = []
+
+    def __call__(self, ranks: Mapping[str, int]) -> float:
+        self.calls.append(dict(ranks))
+        return self.of(ranks)
+
+    def of(self, ranks: Mapping[str, int]) -> float:
+        return 100 - sum(sum(pieces[: ranks[name]]) for name, pieces in self.gains.items())
+
+
+def best(loss: Additive, plan: RankPlan, budget: int, r_min: int = 1) -> float:
+    """The lowest loss of all plans within the budget."""
+    every = itertools.product(range(r_min, R + 1), repeat=len(plan.modules))
+    plans = (dict(zip(plan.modules, ranks, strict=True)) for ranks in every)
+    return min(loss.of(ranks) for ranks in plans if plan.with_ranks(ranks).parameters <= budget)
+
+
+def budgets(plan: RankPlan, step: int, r_min: int = 1) -> range:
+    one = RankPlan.uniform(plan, 1).parameters
+    return range(r_min * one, plan.parameters + 1, step)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("r_min", [1, 2])
+def test_diminishing_gains_at_equal_costs_give_the_best_plan_of_all(seed, r_min):
+    rng = np.random.default_rng(seed)
+    plan = plan_of(SQUARE)
+    scales = rng.exponential(5, size=len(SQUARE))
+    gains = [sorted(rng.exponential(scale, size=R), reverse=True) for scale in scales]
+    for budget in budgets(plan, 8, r_min):  # half the cost of a piece: some of it is left over
+        loss = Additive(gains)
+        found = choose(loss, plan, budget, r_min)
+        assert loss.of(found.plan.ranks) == pytest.approx(best(loss, plan, budget, r_min))
+        assert found.plan.parameters <= budget
+        assert min(found.plan.ranks.values()) >= r_min
+
+
+def test_pieces_that_hurt_are_left_out():
+    loss = Additive([[5, 3, -1, -2], [4, -1, -1, -1], [6, 5, 4, 3]])
+    found = choose(loss, plan_of(SQUARE), budget=plan_of(SQUARE).parameters)
+    assert found.plan.ranks == {"m0": 2, "m1": 1, "m2": 4}
+
+
+@pytest.mark.parametrize("useless", [0.0, -0.5])
+def test_a_useless_piece_does_not_hide_a_useful_one(useless):
+    """One rank at a time, the third piece of m0 would never be seen behind the second."""
+    loss = Additive([[1, useless, 9, 0], [1, 0.5, 0.4, 0.3], [1, 0.6, 0.2, 0.1]])
+    plan = plan_of(SQUARE)
+    budget = (3 + 1 + 1) * 16
+    found = choose(loss, plan, budget)
+    assert found.plan.ranks == {"m0": 3, "m1": 1, "m2": 1}
+    assert loss.of(found.plan.ranks) == best(loss, plan, budget)
+    assert found.pays
+
+
+def test_what_is_reported_is_what_was_measured():
+    loss = Additive([[9, 4, 2, 1], [3, 2, 1, 0.5], [1, 0.4, 0.2, 0.1]])
+    plan, budget = plan_of(SQUARE), 7 * 16
+    found = choose(loss, plan, budget)
+    assert found.uniform.ranks == {"m0": 2, "m1": 2, "m2": 2}
+    assert found.uniform_loss == loss.of(found.uniform.ranks)
+    assert found.elastic_loss == loss.of(found.elastic.ranks) < found.uniform_loss
+    assert found.pays and found.plan is found.elastic
+    assert found.elastic.provenance == {"method": "elastic", "budget": budget}
+    for name, by_rank in found.losses.items():
+        assert by_rank == {b: loss.of({**found.uniform.ranks, name: b}) for b in range(1, R + 1)}
+
+
+@pytest.mark.parametrize("r_min", [1, 2])
+def test_each_plan_is_measured_once(r_min):
+    plan = plan_of(SQUARE)
+    for budget in budgets(plan, 16, r_min):
+        loss = Additive([[9, 4, 2, 1], [3, 2, 1, 0.5], [1, 0.4, 0.2, 0.1]])
+        found = choose(loss, plan, budget, r_min)
+        single = len(SQUARE) * (R - r_min)  # each entry at each of its other ranks
+        same = found.elastic.ranks == found.uniform.ranks
+        assert len(loss.calls) == single + (1 if same else 2)
+        trained = range(r_min, R + 1)
+        assert all(b in trained for ranks in loss.calls for b in ranks.values())
+
+
+def test_when_the_whole_is_worse_than_uniform_uniform_it_is():
+    """Each module alone promises a gain; together they undo each other."""
+    plan = plan_of(SQUARE)
+    promise = Additive([[9, 8, 7, 6], [1, 0.1, 0.1, 0.1], [1, 0.1, 0.1, 0.1]])
+
+    def loss(ranks):
+        moved = sum(b != 2 for b in ranks.values())
+        return promise.of(ranks) if moved <= 1 else 1000.0
+
+    found = choose(loss, plan, budget=6 * 16)
+    assert found.elastic.ranks == {"m0": 4, "m1": 1, "m2": 1}
+    assert found.elastic_loss == 1000 and not found.pays
+    assert found.plan is found.uniform and found.plan.ranks == {"m0": 2, "m1": 2, "m2": 2}
+
+
+def test_equal_losses_do_not_pay():
+    found = choose(lambda ranks: 1.0, plan_of(SQUARE), budget=6 * 16)
+    assert not found.pays and found.plan.ranks == {"m0": 2, "m1": 2, "m2": 2}
+
+
+def test_the_cheaper_of_two_equal_gains_is_taken():
+    plan = plan_of([(40, 8), (8, 8), (8, 40)])
+    loss = Additive([[5, 1, 1, 1]] * 3)
+    least = 48 + 16 + 48
+    assert choose(loss, plan, least + 47).plan.ranks == {"m0": 1, "m1": 3, "m2": 1}
+    assert choose(loss, plan, least + 48).plan.ranks == {"m0": 1, "m1": 4, "m2": 1}
+    assert choose(loss, plan, least + 96).plan.ranks == {"m0": 2, "m1": 4, "m2": 1}
+
+
+def test_many_cheap_pieces_do_not_keep_out_a_dear_one_worth_more():
+    """Per parameter m0 gains more, but it would leave no room for m1, which uniform ranks have."""
+    plan = plan_of([(6, 6), (40, 40)])
+    loss = Additive([[1, 1.2, 1.1, 1.06], [1, 7, 0.1, 0.1]])
+    budget = 2 * 12 + 2 * 80 + 12
+    found = choose(loss, plan, budget)
+    assert found.elastic.ranks == {"m0": 3, "m1": 2}
+    assert loss.of(found.elastic.ranks) == best(loss, plan, budget)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_unequal_costs_never_exceed_the_budget_nor_lose_to_uniform(seed):
+    """Any gains, diminishing or not."""
+    rng = np.random.default_rng(seed)
+    sizes = [tuple(int(n) for n in rng.integers(4, 60, size=2)) for _ in range(4)]
+    plan = plan_of(sizes)
+    for budget in budgets(plan, 29):
+        loss = Additive(rng.normal(1, 1, size=(4, R)).tolist())
+        found = choose(loss, plan, budget)
+        assert max(found.plan.parameters, found.elastic.parameters) <= budget
+        assert loss.of(found.elastic.ranks) <= loss.of(found.uniform.ranks) + 1e-9
+        assert min(found.elastic.ranks.values()) >= 1 and max(found.elastic.ranks.values()) <= R
+
+
+@pytest.mark.parametrize("r_min", [1, 2])
+def test_budgets_out_of_range_are_refused(r_min):
+    plan = plan_of(SQUARE)
+    loss = Additive([[1] * R] * 3)
+    for budget in (0, r_min * 48 - 1, 193):
+        with pytest.raises(PlanError, match=rf"budget is {budget} .* ranks {r_min} to 4 .*192"):
+            choose(loss, plan, budget, r_min)
+    assert not loss.calls  # refused before anything expensive
+    assert set(choose(loss, plan, r_min * 48, r_min).plan.ranks.values()) == {r_min}
+    assert set(choose(loss, plan, 192, r_min).plan.ranks.values()) == {R}
+
+
+def test_uniform_within_is_the_largest_rank_that_fits():
+    plan = plan_of([(8, 8), (30, 12)])
+    for budget in budgets(plan, 7):
+        found = uniform_within(plan, budget)
+        b = found.ranks["m0"]
+        assert set(found.ranks.values()) == {b}
+        assert b * (16 + 42) <= budget < (b + 1) * (16 + 42)
+    with pytest.raises(PlanError, match=r"the budget is 57 parameters; ranks 1 to 4"):
+        uniform_within(plan, 57)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_choice(bad):
+    def loss(ranks):
+        return bad if ranks["m1"] == 3 else 1.0
+
+    with pytest.raises(DivergedError, match=rf"loss is {bad} at the ranks .*'m1': 3"):
+        choose(loss, plan_of(SQUARE), budget=6 * 16)
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    """A nested BERT that has seen no data, with factors large enough that ranks matter."""
+    of = family("bert-classification")
+    of.config.initializer_range = 0.2
+    base = of.model()
+    plan = RankPlan.uniform(base, 3)
+    model = gates.build(base, plan, task_type="SEQ_CLS")
+    args = TrainingArguments(
+        output_dir=str(tmp_path / "out"),
+        per_device_eval_batch_size=8,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = NestedTrainer(
+        model,
+        args,
+        plan=plan,
+        method=DyLoRA(),
+        configuration={},
+        train_dataset=rows(of),
+        data_collator=default_data_collator,
+    )
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.4)
+    return trainer
+
+
+def mean_loss(model, table) -> float:
+    """Cross entropy over all rows at once, by hand."""
+    columns = table.with_format("torch")[:]
+    labels = columns.pop("labels")
+    with torch.no_grad():
+        logits = model.eval()(**columns).logits
+    return float(torch.nn.functional.cross_entropy(logits, labels))
+
+
+def test_the_choice_holds_for_the_adapter_that_is_cut_by_it(trainer, tmp_path):
+    """The losses that it reports are those of stock PEFT adapters cut at its plans."""
+    of = family("bert-classification")
+    of.config.initializer_range = 0.2
+    table = rows(of, count=20, seed=5)  # the last batch is smaller than the others
+    loss = validation_loss(trainer, table)
+    full = mean_loss(trainer.model, table)
+    one = RankPlan.uniform(trainer.plan, 1).parameters
+    found = choose(loss, trainer.plan, budget=2 * one)
+    assert mean_loss(trainer.model, table) == full  # the model is back at its largest rank
+    trainer.save_nested(tmp_path / "nested")
+    adapter = Adapter.load(tmp_path / "nested")
+    measured = {}
+    for name, plan in {"elastic": found.elastic, "uniform": found.uniform}.items():
+        cut = adapter.truncate(plan)
+        assert cut.parameters == plan.parameters <= 2 * one
+        cut.save(tmp_path / name)
+        model = PeftModel.from_pretrained(of.model(), str(tmp_path / name))
+        measured[name] = mean_loss(model, table)
+    assert found.elastic_loss == pytest.approx(measured["elastic"], rel=1e-5)
+    assert found.uniform_loss == pytest.approx(measured["uniform"], rel=1e-5)
+    assert len({full, *measured.values()}) == 3
+    assert found.plan is (found.elastic if found.pays else found.uniform)
+    assert found.pays == (measured["elastic"] < measured["uniform"])
