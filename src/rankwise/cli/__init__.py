@@ -11,6 +11,7 @@ COMMANDS = {
     "search": "choose the rank of every layer from your data; writes plan.json",
     "train": "train a stock PEFT adapter at a plan's ranks, or at one rank",
     "run": "search, train, compare with plain LoRA, report",
+    "truncate": "a smaller adapter out of a trained one, without data",
     "evaluate": "the metrics of an adapter on labelled rows",
     "demo": "`run` on a small model and rows that packages ship, in five minutes",
 }
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(file=sys.stderr)  # the progress bar has not ended its line
         _fail(str(error), 1)
     except KeyboardInterrupt:
-        again = argv[0] != "evaluate"
+        again = argv[0] not in ("evaluate", "truncate")
         how = "; the same command with --resume_from_checkpoint goes on" if again else ""
         print(file=sys.stderr)
         _fail(f"stopped{how}", 130)

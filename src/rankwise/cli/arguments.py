@@ -88,7 +88,11 @@ class SearchArguments:
     _argument_group_name = "search"
 
     method: str = _flag("autolora", "one of: " + ", ".join(METHODS))
-    validation_fraction: float = _flag(0.5, "share of the training rows that the gates learn on")
+    validation_fraction: float | None = _flag(
+        None,
+        "share of the training rows that ranks are chosen on; without it, 0.5 for autolora, "
+        "0.1 for dylora",
+    )
     gate_learning_rate: float = _flag(1e-3, "AdamW's learning rate of the gates")
     estimator: Literal["finite_difference", "exact", "first_order"] | None = _flag(
         None, "of the hypergradient; without it, the method's own"
@@ -99,6 +103,32 @@ class SearchArguments:
     search_learning_rate: float | None = _flag(None, "of the factors; without it, learning_rate")
     num_search_epochs: float | None = _flag(None, "passes over D_tr; without it, num_train_epochs")
     max_search_steps: int = _flag(-1, "optimizer steps of the search; overrides num_search_epochs")
+
+
+@dataclass
+class NestedArguments:
+    """DyLoRA: which ranks are trained, and which one is handed back."""
+
+    _argument_group_name = "DyLoRA"
+
+    r_min: int = _flag(1, "the smallest rank trained; the largest is r")
+    rank_distribution: Literal["uniform", "geometric"] = _flag(
+        "uniform", "of the rank drawn at each step"
+    )
+    geometric_p: float = _flag(0.15, "p of the geometric distribution")
+    rank_weights: list[str] = _flags(
+        "instead of a distribution: one probability per rank from r_min to r, summing to 1"
+    )
+    tolerance: float | None = _flag(
+        None,
+        "how far below the best rank's metric the picked rank may lie; without it, one standard "
+        "error",
+    )
+    pick_rank: int | None = _flag(None, "hand back this rank, whatever the curve says")
+    budget: int | None = _flag(None, "hand back the largest rank of at most so many parameters")
+    elastic: bool = _flag(
+        False, "within the budget choose ranks layer by layer, by loss on the validation rows"
+    )
 
 
 @dataclass
@@ -157,7 +187,8 @@ class ControlArguments:
     _argument_group_name = "controls"
 
     control: list[str] = _flags(
-        "trained beside the plan, alike in all but ranks: uniform, random; none for no control",
+        "trained beside the plan, alike in all but ranks: uniform, random, for dylora also svd "
+        "(LoRA of rank r, truncated); none for no control",
         "uniform",
     )
     control_r: int | None = _flag(
@@ -172,6 +203,21 @@ class AdapterArguments:
     _argument_group_name = "adapter"
 
     adapter: str | None = _flag(None, "folder of a PEFT adapter, or of a run that holds one")
+
+
+@dataclass
+class CutArguments:
+    """To what the adapter is cut; give one."""
+
+    _argument_group_name = "cut"
+
+    r: int | None = _flag(None, "this rank everywhere")
+    energy: float | None = _flag(
+        None, "the smallest rank of each module that keeps this share of its update's energy"
+    )
+    budget: int | None = _flag(None, "at most so many LoRA parameters in all")
+    plan: str | None = _flag(None, "plan.json with the ranks of a nested adapter's modules")
+    svd: bool = _flag(False, "cut a nested adapter by SVD too, as if it were an ordinary one")
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter):

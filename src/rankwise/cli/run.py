@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rankwise.cli import nested as dylora
 from rankwise.cli import stages
 from rankwise.cli.arguments import (
     ControlArguments,
@@ -12,6 +13,7 @@ from rankwise.cli.arguments import (
     FitArguments,
     LoraArguments,
     ModelArguments,
+    NestedArguments,
     OutputArguments,
     SearchArguments,
     parse,
@@ -19,6 +21,7 @@ from rankwise.cli.arguments import (
 )
 from rankwise.cli.workspace import finish, open_workspace
 from rankwise.errors import RankwiseError
+from rankwise.methods import DyLoRA, Method
 from rankwise.plan import RankPlan
 from rankwise.report import print_table, verdict
 
@@ -27,6 +30,7 @@ TYPES = (
     DataArguments,
     LoraArguments,
     SearchArguments,
+    NestedArguments,
     ControlArguments,
     FitArguments,
     OutputArguments,
@@ -44,38 +48,54 @@ def run(
     data: DataArguments,
     lora: LoraArguments,
     search: SearchArguments,
+    nested: NestedArguments,
     controls: ControlArguments,
     fit: FitArguments,
     output: OutputArguments,
 ) -> Path:
     """The whole job, in stages that a resumed run does not repeat. Returns the output folder."""
     target = required(output.output_dir, "output_dir", command)
-    wanted = _controls(controls)
-    stages.search_method(search)
+    method = stages.search_method(search, nested)
+    wanted = _controls(controls, method)
     job = stages.load_job(model, data, fit, command)
     stages.check_training(job)
-    stages.check_search(job, lora, search, controls.control_r)
-    settings = {
-        k: v for part in (model, data, lora, search, controls, fit) for k, v in asdict(part).items()
-    }
+    stages.check_search(job, lora, search, method, controls.control_r)
+    if isinstance(method, DyLoRA):
+        dylora.check_nested(job, lora, nested, method)
+    parts = (model, data, lora, search, nested, controls, fit)
+    settings = {k: v for part in parts for k, v in asdict(part).items()}
     resume = output.resume_from_checkpoint
     work = open_workspace(target, output.overwrite_output_dir, resume, settings)
 
-    count = 2 + len(wanted)
-    _stage(1, count, f"searching ranks 1 to {lora.r} with {search.method}")
     metrics: dict[str, Any] = {"command": command, **stages.describe_run(job)}
     metrics |= {"lora": asdict(lora), "search": asdict(search), "resumed": resume}
-    metrics |= stages.search_stage(job, lora, search, work, resume)
+    rows = None  # of the training set: all
+    if isinstance(method, DyLoRA):
+        count = 1 + len(wanted)
+        _stage(1, count, f"training ranks {method.r_min} to {lora.r} at once with {search.method}")
+        metrics |= {"dylora": asdict(nested)}
+        metrics |= dylora.nested_stage(job, lora, search, nested, method, work, resume)
+        # its rank was chosen on the other rows, and it is not retrained: controls get no more
+        rows = stages.split_rows(job, search, method).train
+    else:
+        count = 2 + len(wanted)
+        _stage(1, count, f"searching ranks 1 to {lora.r} with {search.method}")
+        metrics |= stages.search_stage(job, lora, search, method, work, resume)
+        plan = RankPlan.load(work / "plan.json")
+        _stage(2, count, "training the searched ranks from scratch on all training rows")
+        metrics |= stages.train_stage(job, plan, work, "plan", resume, lora.lora_dropout)
     plan = RankPlan.load(work / "plan.json")
-    plans = {"plan": plan} | {
-        name: _control_plan(name, plan, controls.control_r, fit.seed) for name in wanted
-    }
-    results = {}
-    for i, (name, arm) in enumerate(plans.items()):
-        what = "the searched ranks" if name == "plan" else _label(name, arm)
-        _stage(2 + i, count, f"training {what} from scratch on all training rows")
-        results[name] = stages.train_stage(job, arm, work, name, resume, lora.lora_dropout)
-    metrics |= results.pop("plan")
+    plans, results = {}, {}
+    for i, name in enumerate(wanted, 1 + count - len(wanted)):
+        if name == "svd":
+            plans[name] = dylora.largest_plan(job, lora)
+            _stage(i, count, f"training LoRA of rank {lora.r}, truncated by SVD")
+            results[name] = dylora.svd_stage(job, plans[name], work, resume, lora, rows)
+            continue
+        plans[name] = _control_plan(name, plan, controls.control_r, fit.seed)
+        _stage(i, count, f"training {_label(name, plans[name])} from scratch on the same rows")
+        dropout = lora.lora_dropout
+        results[name] = stages.train_stage(job, plans[name], work, name, resume, dropout, rows)
     for name, figures in results.items():
         plans[name].save(work / "controls" / f"{name}.json")
         # the first control is the one that others look for under `control`
@@ -84,17 +104,22 @@ def run(
     arms = {search.method: metrics} | {_label(n, plans[n]): f for n, f in results.items()}
     said = verdict(arms, job.task)
     stages.write_results(job, work, plan, metrics | {"verdict": said}, arms)
+    if isinstance(method, DyLoRA):
+        dylora.plot(metrics, plan, work / "curve.png")
     folder = finish(work, target)
+    if isinstance(method, DyLoRA):
+        dylora.report(metrics, plan, folder)
     print_table(arms, job.task)
     stages.console.print(said)
     stages.console.print(f"plan.json, adapter/, metrics.json and ranks.png are in {folder}")
     return folder
 
 
-def _controls(controls: ControlArguments) -> list[str]:
+def _controls(controls: ControlArguments, method: Method) -> list[str]:
+    known = ["uniform", "random", *(["svd"] if isinstance(method, DyLoRA) else [])]
     wanted = [name for name in dict.fromkeys(controls.control) if name != "none"]
-    if odd := [name for name in wanted if name not in ("uniform", "random")]:
-        raise RankwiseError(f"--control {odd[0]!r} is unknown; take uniform, random or none")
+    if odd := [name for name in wanted if name not in known]:
+        raise RankwiseError(f"--control {odd[0]!r} is unknown; take {', '.join(known)} or none")
     if controls.control_r is not None and controls.control_r < 1:
         raise RankwiseError(f"--control_r is {controls.control_r}; it has to be at least 1")
     return wanted
@@ -108,6 +133,8 @@ def _control_plan(name: str, plan: RankPlan, control_r: int | None, seed: int) -
 
 
 def _label(name: str, plan: RankPlan) -> str:
+    if name == "svd":
+        return f"LoRA r={plan.r_max}, truncated by SVD"
     if name == "uniform":
         return f"uniform r={plan.provenance['r']}"
     return "random plan, same size"

@@ -30,13 +30,14 @@ from rankwise.cli.arguments import (
     FitArguments,
     LoraArguments,
     ModelArguments,
+    NestedArguments,
     SearchArguments,
     required,
 )
 from rankwise.errors import DataError, DivergedError, ModelError, RankwiseError
 from rankwise.files import write_json
 from rankwise.gates import find_entries
-from rankwise.methods import METHODS, AutoLoRA
+from rankwise.methods import METHODS, DyLoRA, Method
 from rankwise.plan import RankPlan
 from rankwise.report import save_heatmap, write_card
 from rankwise.report.memory import Peak, peak_memory
@@ -128,17 +129,43 @@ def fresh_model(job: Job) -> PreTrainedModel:
     )
 
 
-def search_method(search: SearchArguments) -> AutoLoRA:
+def search_method(search: SearchArguments, nested: NestedArguments) -> Method:
     """The method by its name, with what the flags change of it."""
     if search.method not in METHODS:
         raise RankwiseError(f"--method is {search.method!r}; there are {', '.join(METHODS)}")
+    method = METHODS[search.method]
+    if isinstance(method, DyLoRA):
+        _only_defaults(search, ("estimator", "lookahead"), "autolora")
+        weights = _probabilities(nested.rank_weights) if nested.rank_weights else None
+        return replace(
+            method,
+            r_min=nested.r_min,
+            distribution=nested.rank_distribution,
+            p=nested.geometric_p,
+            weights=weights,
+        )
+    _only_defaults(nested, tuple(vars(nested)), "dylora")
     changes: dict[str, Any] = {
         "learning_rate": search.gate_learning_rate,
         "lookahead": search.lookahead,
     }
     if search.estimator is not None:
         changes["estimator"] = search.estimator
-    return replace(METHODS[search.method], **changes)
+    return replace(method, **changes)
+
+
+def _only_defaults(given: Any, names: tuple[str, ...], method: str) -> None:
+    """Refuses flags that only another method reads."""
+    for name in names:
+        if getattr(given, name) != getattr(type(given)(), name):
+            raise RankwiseError(f"--{name} is for --method {method}; leave it out")
+
+
+def _probabilities(texts: list[str]) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, texts))
+    except ValueError as error:
+        raise RankwiseError(f"--rank_weights: {error}; give numbers that sum to 1") from error
 
 
 def target_modules(lora: LoraArguments) -> list[str] | str | None:
@@ -177,14 +204,8 @@ def training_arguments(job: Job, folder: Path, **changes: Any) -> TrainingArgume
         raise RankwiseError(f"TrainingArguments: {' '.join(str(error).split())}") from error
 
 
-def search_stage(
-    job: Job, lora: LoraArguments, search: SearchArguments, work: Path, resume: bool
-) -> dict[str, Any]:
-    """Searches ranks and writes plan.json; figures only, where a resumed run has it already."""
-    figures = work / "search" / "figures.json"
-    if figures.exists():
-        return json.loads(figures.read_text())
-    folder = work / "search"
+def search_arguments(job: Job, search: SearchArguments, folder: Path) -> TrainingArguments:
+    """The same with the search's own rate and length."""
     args = training_arguments(
         job,
         folder,
@@ -194,11 +215,28 @@ def search_stage(
     )
     if search.num_search_epochs is not None and search.max_search_steps <= 0:
         args.max_steps = -1
-    with _measured(args.device) as measured:
+    return args
+
+
+def search_stage(
+    job: Job,
+    lora: LoraArguments,
+    search: SearchArguments,
+    method: Method,
+    work: Path,
+    resume: bool,
+) -> dict[str, Any]:
+    """Searches ranks and writes plan.json; figures only, where a resumed run has it already."""
+    figures = work / "search" / "figures.json"
+    if figures.exists():
+        return json.loads(figures.read_text())
+    folder = work / "search"
+    args = search_arguments(job, search, folder)
+    with measured(args.device) as found:
         plan = training.search(
             fresh_model(job),
             train_rows(job),
-            method=search_method(search),
+            method=method,
             validation_fraction=search.validation_fraction,
             r=lora.r,
             lora_alpha=lora.lora_alpha,
@@ -210,15 +248,30 @@ def search_stage(
             data_collator=tasks.data_collator(job.task, job.tokenizer),
         )
     plan.save(work / "plan.json")
-    found = {"search_seconds": measured["seconds"], "search_peak_memory_bytes": measured["bytes"]}
-    write_json(figures, found | {"peak_memory_of": measured["of"]})
+    write_json(
+        figures,
+        {
+            "search_seconds": found["seconds"],
+            "search_peak_memory_bytes": found["bytes"],
+            "peak_memory_of": found["of"],
+        },
+    )
     return json.loads(figures.read_text())
 
 
 def train_stage(
-    job: Job, plan: RankPlan, work: Path, arm: str, resume: bool, lora_dropout: float = 0.0
+    job: Job,
+    plan: RankPlan,
+    work: Path,
+    arm: str,
+    resume: bool,
+    lora_dropout: float = 0.0,
+    rows: Dataset | None = None,
 ) -> dict[str, Any]:
     """Trains one arm of a comparison from scratch and evaluates it; kept in `arms/<arm>`.
+
+    Args:
+        rows: to train on; None is all training rows.
 
     Returns:
         train_seconds, trainable_parameters, lora_parameters, ranks, eval, peak memory.
@@ -228,34 +281,46 @@ def train_stage(
     if figures.exists():
         return json.loads(figures.read_text())
     args = training_arguments(job, folder)
-    with _measured(args.device) as measured:
+    with measured(args.device) as found:
         trainer = training.train(
             fresh_model(job),
             plan,
-            train_rows(job),
+            train_rows(job) if rows is None else rows,
             args=args,
             task_type=job.task.task_type,
             lora_dropout=lora_dropout,
             resume_from_checkpoint=resume and training.last_checkpoint(folder) is not None,
             data_collator=tasks.data_collator(job.task, job.tokenizer),
-            **_evaluation(job),
+            **evaluation(job),
         )
     save_adapter(job, trainer.model, folder / "adapter")
-    ranks = list(plan.ranks.values())
     write_json(
         figures,
         {
-            "train_seconds": measured["seconds"],
-            "peak_memory_bytes": measured["bytes"],
-            "peak_memory_of": measured["of"],
-            "trainable_parameters": plan.parameters + _head_parameters(trainer.model),
-            "lora_parameters": plan.parameters,
-            "mean_rank": round(sum(ranks) / len(ranks), 4),
+            "train_seconds": found["seconds"],
+            "peak_memory_bytes": found["bytes"],
+            "peak_memory_of": found["of"],
+            **sizes(plan, trainer),
             "steps": trainer.state.global_step,
             "eval": evaluate(job, trainer),
         },
     )
     return json.loads(figures.read_text())
+
+
+def sizes(plan: RankPlan, trainer: Trainer) -> dict[str, Any]:
+    """What an adapter at a plan's ranks weighs."""
+    ranks = list(plan.ranks.values())
+    head = sum(
+        p.numel()
+        for n, p in trainer.model.named_parameters()
+        if p.requires_grad and "lora_" not in n
+    )
+    return {
+        "trainable_parameters": plan.parameters + head,
+        "lora_parameters": plan.parameters,
+        "mean_rank": round(sum(ranks) / len(ranks), 4),
+    }
 
 
 def train_rows(job: Job) -> Dataset:
@@ -287,10 +352,11 @@ def evaluate_adapter(job: Job, adapter: Path) -> dict[str, Any]:
         ) from error
     args = training_arguments(job, adapter.parent, save_strategy="no")
     collator = tasks.data_collator(job.task, job.tokenizer)
-    return evaluate(job, Trainer(model, args, data_collator=collator, **_evaluation(job)))
+    return evaluate(job, Trainer(model, args, data_collator=collator, **evaluation(job)))
 
 
-def _evaluation(job: Job) -> dict[str, Any]:
+def evaluation(job: Job) -> dict[str, Any]:
+    """What a Trainer needs to compute the task's metrics."""
     return {
         "compute_metrics": tasks.compute_metrics(job.task),
         "preprocess_logits_for_metrics": tasks.preprocess_logits(job.task),
@@ -304,6 +370,11 @@ def save_adapter(job: Job, model: PeftModel, folder: Path) -> None:
         config.base_model_name_or_path = job.model.model_name_or_path
         config.revision = job.model.model_revision
     model.save_pretrained(str(folder))
+    describe_adapter(job, folder)
+
+
+def describe_adapter(job: Job, folder: Path) -> None:
+    """Writes the task's description beside an adapter, for `rankwise evaluate`."""
     about = job.task.describe() | {"max_length": job.data.max_length}
     about["gguf_file"] = job.model.gguf_file
     write_json(folder / "task.json", about)
@@ -334,13 +405,22 @@ def describe_run(job: Job) -> dict[str, Any]:
     }
 
 
+def split_rows(job: Job, search: SearchArguments, method: Method) -> training.TwoSets:
+    """The training rows in two: what factors are trained on, and what ranks are chosen on."""
+    fraction = search.validation_fraction or training.default_fraction(method)
+    return training.two_sets(train_rows(job), None, fraction, job.fit.seed)
+
+
 def check_search(
-    job: Job, lora: LoraArguments, search: SearchArguments, control_r: int | None = None
+    job: Job,
+    lora: LoraArguments,
+    search: SearchArguments,
+    method: Method,
+    control_r: int | None = None,
 ) -> None:
     """Finds what is wrong with a search before there is an output folder or a step of it."""
-    method = search_method(search)
     training.search_args(training_arguments(job, Path("unused")), method)
-    training.two_sets(train_rows(job), None, search.validation_fraction, job.fit.seed)
+    split_rows(job, search, method)
     model = fresh_model(job)
     for r in (lora.r, control_r):
         if r is not None:
@@ -375,15 +455,8 @@ def _positions(model: torch.nn.Module) -> int | None:
     return None
 
 
-def _head_parameters(model: torch.nn.Module) -> int:
-    """Trainable parameters outside the LoRA factors: the task head."""
-    return sum(
-        p.numel() for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n
-    )
-
-
 @contextmanager
-def _measured(device: torch.device) -> Iterator[dict[str, Any]]:
+def measured(device: torch.device) -> Iterator[dict[str, Any]]:
     """Seconds and peak memory of a block."""
     found: dict[str, Any] = {}
     peak: Peak = peak_memory(device)

@@ -1,7 +1,17 @@
-"""What a run shows: the table, the verdict, the heat map of ranks, the model card."""
+"""What a run shows: tables, the verdict, the heat map of ranks, curves over ranks, the card."""
 
 from rankwise.report.card import write_card
+from rankwise.report.curves import draw_curves, save_curves
 from rankwise.report.heatmap import save_heatmap
-from rankwise.report.table import print_table, verdict
+from rankwise.report.table import print_curve, print_cuts, print_table, verdict
 
-__all__ = ["print_table", "save_heatmap", "verdict", "write_card"]
+__all__ = [
+    "draw_curves",
+    "print_curve",
+    "print_cuts",
+    "print_table",
+    "save_curves",
+    "save_heatmap",
+    "verdict",
+    "write_card",
+]

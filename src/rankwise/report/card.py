@@ -70,6 +70,8 @@ def _method(plan: RankPlan) -> str:
     method = plan.provenance.get("method")
     if not isinstance(method, dict):
         return f"a {method} plan" if method else "a plan made by hand"
+    if method.get("name") == "dylora":
+        return "DyLoRA, one training run for every rank"
     learned = AutoLoRA(**method)
     gates = [(e.r, e.gate) for e in plan.modules.values() if e.gate is not None]
     edited = any(r != len(learned.kept(list(gate))) for r, gate in gates)

@@ -46,6 +46,48 @@ def print_table(
     console.print(table)
 
 
+def print_curve(figures: dict[str, Any], console: Console | None = None) -> None:
+    """Prints the quality of a nested adapter at every rank: metrics and standard error.
+
+    Args:
+        figures: of metrics.json; its `curve` is `rankwise.Curve.to_dict()`.
+        console: standard output where None.
+    """
+    found = figures["curve"]
+    names = [found["metric"], *(n for n in found["metrics"][0] if n != found["metric"])]
+    table = Table(
+        title=f"every rank, {found['rows']:,} validation rows",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("rank", justify="right")
+    for name in (names[0], "± s.e.", *names[1:]):
+        table.add_column(name.replace("_", "\n"), justify="right", no_wrap=True)
+    for rank, metrics, error in zip(
+        found["ranks"], found["metrics"], found["standard_errors"], strict=True
+    ):
+        rest = (f"{metrics[name]:.4f}" for name in names[1:])
+        table.add_row(str(rank), f"{metrics[names[0]]:.4f}", f"{error:.4f}", *rest)
+    (console or Console()).print(table)
+
+
+def print_cuts(cuts: dict[str, Any], console: Console | None = None) -> None:
+    """Prints what a truncation did to every module.
+
+    Args:
+        cuts: `rankwise.adapter.Cut` by module.
+        console: standard output where None.
+    """
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for header in ("module", "rank before", "rank", "lost"):
+        table.add_column(header, justify="left" if header == "module" else "right")
+    for name, cut in cuts.items():
+        lost = "trained" if cut.lost is None else f"{100 * cut.lost:.1f} %"
+        table.add_row(name, str(cut.r_before), str(cut.r), lost)
+    (console or Console()).print(table)
+
+
 def verdict(arms: dict[str, dict[str, Any]], task: Task) -> str:
     """Whether choosing ranks helped, in a sentence that does not flatter.
 

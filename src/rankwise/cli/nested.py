@@ -1,0 +1,243 @@
+"""DyLoRA's stage of `search` and `run`: one training, the curve over ranks, the pick."""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from rich.progress import Progress
+
+from rankwise import elastic, tasks, training
+from rankwise.adapter import Adapter
+from rankwise.cli import stages
+from rankwise.cli.arguments import LoraArguments, NestedArguments, SearchArguments
+from rankwise.errors import RankwiseError
+from rankwise.files import write_json
+from rankwise.methods import DyLoRA
+from rankwise.nested import NestedTrainer, curve, pick
+from rankwise.plan import RankPlan
+from rankwise.report import print_curve, save_curves
+
+
+def check_nested(
+    job: stages.Job, lora: LoraArguments, nested: NestedArguments, method: DyLoRA
+) -> None:
+    """Finds what is wrong with the DyLoRA flags before there is an output folder."""
+    plan = largest_plan(job, lora)
+    training.check_nested(method, plan)
+    trained = [b for b, p in method.probabilities(lora.r).items() if p > 0]
+    ways = [k for k in ("tolerance", "pick_rank", "budget") if getattr(nested, k) is not None]
+    if len(ways) > 1:
+        raise RankwiseError(f"--{ways[0]} and --{ways[1]} both choose the rank; give one")
+    if nested.pick_rank is not None and nested.pick_rank not in trained:
+        raise RankwiseError(f"--pick_rank is {nested.pick_rank}; the ranks trained are {trained}")
+    if nested.tolerance is not None and not nested.tolerance >= 0:
+        raise RankwiseError(f"--tolerance is {nested.tolerance}; it has to be >= 0")
+    if nested.elastic and nested.budget is None:
+        raise RankwiseError("--elastic chooses ranks within a --budget; give one")
+    if nested.budget is not None:
+        elastic.uniform_within(plan, nested.budget, method.r_min)
+
+
+def largest_plan(job: stages.Job, lora: LoraArguments) -> RankPlan:
+    """The plan of rank r everywhere, at which DyLoRA trains."""
+    return RankPlan.uniform(
+        stages.fresh_model(job),
+        lora.r,
+        target_modules=stages.target_modules(lora),
+        lora_alpha=lora.lora_alpha,
+    )
+
+
+def nested_stage(
+    job: stages.Job,
+    lora: LoraArguments,
+    search: SearchArguments,
+    nested: NestedArguments,
+    method: DyLoRA,
+    work: Path,
+    resume: bool,
+) -> dict[str, Any]:
+    """Trains all ranks at once, measures each, picks; writes plan.json, nested/ and the adapter.
+
+    Returns:
+        Figures as `train_stage` gives them, and `curve`, `picked_by`, and `elastic` where asked.
+    """
+    figures = work / "search" / "figures.json"
+    if figures.exists():
+        return json.loads(figures.read_text())
+    folder = work / "search"
+    args = stages.search_arguments(job, search, folder)
+    data = stages.split_rows(job, search, method)
+    with stages.measured(args.device) as measured:
+        trainer = training.train(
+            stages.fresh_model(job),
+            largest_plan(job, lora),
+            data.train,
+            args=args,
+            method=method,
+            task_type=job.task.task_type,
+            lora_dropout=lora.lora_dropout,
+            resume_from_checkpoint=resume and training.last_checkpoint(folder) is not None,
+            data_collator=tasks.data_collator(job.task, job.tokenizer),
+            **stages.evaluation(job),
+        )
+    assert isinstance(trainer, NestedTrainer)
+    started = time.perf_counter()
+    plan, found = _choose(job, nested, trainer, data)
+    seconds = round(time.perf_counter() - started, 3)
+    plan.save(work / "plan.json")
+    trainer.set_ranks(plan.ranks)
+    scores = stages.evaluate(job, trainer)
+    trainer.save_nested(work / "nested")
+    stages.describe_adapter(job, work / "nested")
+    adapter = work / "arms" / "plan" / "adapter"
+    shutil.rmtree(adapter, ignore_errors=True)
+    Adapter.load(work / "nested").truncate(plan).save(adapter)
+    stages.describe_adapter(job, adapter)
+    write_json(
+        figures,
+        {
+            "search_seconds": seconds,
+            "train_seconds": measured["seconds"],
+            "peak_memory_bytes": measured["bytes"],
+            "peak_memory_of": measured["of"],
+            **stages.sizes(plan, trainer),
+            "steps": trainer.state.global_step,
+            "nested_train_rows": len(data.train),
+            "eval": scores,
+            **found,
+        },
+    )
+    return json.loads(figures.read_text())
+
+
+def _choose(
+    job: stages.Job, nested: NestedArguments, trainer: NestedTrainer, data: training.TwoSets
+) -> tuple[RankPlan, dict[str, Any]]:
+    """The plan to hand back, and what it was chosen by."""
+    found = curve(
+        trainer,
+        data.validation,
+        metric=job.task.main_metric,
+        greater_is_better=job.task.greater_is_better,
+    )
+    figures: dict[str, Any] = {"curve": found.to_dict()}
+    about = trainer.plan.provenance | {"curve": found.to_dict()}
+    if nested.elastic and nested.budget is not None:
+        with _progress("loss of each module at each rank", _count(trainer)) as counted:
+            loss = counted(elastic.validation_loss(trainer, data.validation))
+            choice = elastic.choose(loss, trainer.plan, nested.budget, trainer.method.r_min)
+        figures |= {"picked_by": "elastic", "elastic": _elastic_figures(choice)}
+        return choice.plan.with_ranks(choice.plan.ranks, **about, budget=nested.budget), figures
+    if nested.budget is not None:
+        plan = elastic.uniform_within(trainer.plan, nested.budget, trainer.method.r_min)
+        figures["picked_by"] = "budget"
+        return plan.with_ranks(plan.ranks, **about, budget=nested.budget), figures
+    b = nested.pick_rank or pick(found, nested.tolerance)
+    by = "tolerance" if nested.tolerance is not None else "one standard error"
+    figures["picked_by"] = "the user" if nested.pick_rank else by
+    return trainer.plan.with_ranks(dict.fromkeys(trainer.plan.modules, b), **about), figures
+
+
+def _elastic_figures(choice: elastic.Choice) -> dict[str, Any]:
+    return {
+        "pays": choice.pays,
+        "elastic_loss": choice.elastic_loss,
+        "uniform_loss": choice.uniform_loss,
+        "ranks": choice.elastic.ranks,
+        "uniform_rank": max(choice.uniform.ranks.values()),
+        "parameters": choice.elastic.parameters,
+        "uniform_parameters": choice.uniform.parameters,
+    }
+
+
+def _count(trainer: NestedTrainer) -> int:
+    return len(trainer.plan.modules) * (trainer.r_max - trainer.method.r_min) + 2
+
+
+@contextmanager
+def _progress(text: str, total: int) -> Iterator[Any]:
+    """A progress bar, and what wraps a loss so that each call moves it on."""
+    with Progress(console=stages.console) as progress:
+        bar = progress.add_task(text, total=total)
+
+        def counted(loss: elastic.Loss) -> elastic.Loss:
+            def call(ranks: Mapping[str, int]) -> float:
+                value = loss(ranks)
+                progress.advance(bar)
+                return value
+
+            return call
+
+        yield counted
+
+
+def svd_stage(
+    job: stages.Job,
+    largest: RankPlan,
+    work: Path,
+    resume: bool,
+    lora: LoraArguments,
+    rows: Dataset | None,
+) -> dict[str, Any]:
+    """The control that DyLoRA has to beat: LoRA of rank r, truncated to the picked size."""
+    figures = stages.train_stage(job, largest, work, "svd", resume, lora.lora_dropout, rows)
+    folder = work / "arms" / "svd"
+    budget = Adapter.load(work / "arms" / "plan" / "adapter").parameters
+    adapter = Adapter.load(folder / "adapter").truncate_svd(budget=budget)
+    shutil.rmtree(folder / "cut", ignore_errors=True)
+    adapter.save(folder / "cut")
+    head = figures["trainable_parameters"] - figures["lora_parameters"]
+    ranks = [factors.r for factors in adapter.factors().values()]
+    return figures | {
+        "eval": stages.evaluate_adapter(job, folder / "cut"),
+        "lora_parameters": adapter.parameters,
+        "trainable_parameters": adapter.parameters + head,
+        "mean_rank": round(sum(ranks) / len(ranks), 4),
+    }
+
+
+def plot(metrics: dict[str, Any], plan: RankPlan, path: Path) -> None:
+    """The metric against the rank, with standard errors, and the picked rank."""
+    found = metrics["curve"]
+    values = [scores[found["metric"]] for scores in found["metrics"]]
+    save_curves(
+        {"DyLoRA": (found["ranks"], values, found["standard_errors"])},
+        found["metric"].replace("_", " "),
+        path,
+        mark=_one_rank(plan),
+        spread="standard error",
+    )
+
+
+def report(metrics: dict[str, Any], plan: RankPlan, folder: Path) -> None:
+    """Prints the curve, what was picked, and how to get another rank."""
+    print_curve(metrics)
+    one = _one_rank(plan)
+    what = "ranks by layer" if one is None else f"rank {one}"
+    stages.console.print(
+        f"picked {what} ({metrics['picked_by']}); for another: rankwise truncate "
+        f"--adapter {folder / 'nested'} --r {metrics['curve']['ranks'][0]} --output_dir DIR"
+    )
+    if "elastic" in metrics:
+        _say_whether_it_pays(metrics["elastic"])
+
+
+def _one_rank(plan: RankPlan) -> int | None:
+    ranks = set(plan.ranks.values())
+    return ranks.pop() if len(ranks) == 1 else None
+
+
+def _say_whether_it_pays(found: dict[str, Any]) -> None:
+    ours, theirs = found["elastic_loss"], found["uniform_loss"]
+    how = "below" if found["pays"] else "not below, so the uniform rank was kept:"
+    stages.console.print(
+        f"ranks by layer: validation loss {ours:.4f} at {found['parameters']:,} parameters, {how} "
+        f"{theirs:.4f} of rank {found['uniform_rank']} everywhere "
+        f"({found['uniform_parameters']:,})"
+    )

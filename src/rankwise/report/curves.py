@@ -1,0 +1,71 @@
+"""The figure of a metric against the rank."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rankwise.files import temporary_name
+
+Series = tuple[Sequence[int], Sequence[float], Sequence[float]]
+"""Ranks, values, and the half-width of the band around each value."""
+
+
+def save_curves(
+    series: Mapping[str, Series],
+    metric: str,
+    path: Path,
+    *,
+    mark: int | None = None,
+    spread: str = "standard deviation",
+) -> bool:
+    """Draws a metric against the rank. Needs matplotlib (`pip install 'rankwise[plots]'`).
+
+    Args:
+        series: by label, in the order of the legend.
+        metric: label of the vertical axis.
+        path: a .png.
+        mark: a rank to point out, the picked one.
+        spread: what the bands are, for the caption.
+
+    Returns:
+        False where matplotlib is not installed and nothing was drawn.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+
+    figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    draw_curves(axes, series)
+    if mark is not None:
+        axes.axvline(mark, color="0.6", linestyle=":", zorder=0)
+        late = mark > max(max(ranks) for ranks, _, _ in series.values()) / 2
+        axes.annotate(
+            f"picked: {mark}",
+            (mark, 0),
+            xycoords=("data", "axes fraction"),
+            xytext=(-4 if late else 4, 5),
+            textcoords="offset points",
+            ha="right" if late else "left",
+        )
+    axes.set_xlabel("rank")
+    axes.set_ylabel(metric)
+    axes.set_title(f"bands: one {spread}", fontsize="small", color="0.4", loc="right")
+    if len(series) > 1:
+        axes.legend(frameon=False)
+    with temporary_name(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    return True
+
+
+def draw_curves(axes: Any, series: Mapping[str, Series]) -> None:
+    """One line with a band for each series, into matplotlib axes."""
+    for label, (ranks, values, spreads) in series.items():
+        (line,) = axes.plot(ranks, values, marker="o", markersize=3.5, label=label)
+        low = [v - s for v, s in zip(values, spreads, strict=True)]
+        high = [v + s for v, s in zip(values, spreads, strict=True)]
+        axes.fill_between(ranks, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.set_xticks(sorted({rank for ranks, _, _ in series.values() for rank in ranks}))
