@@ -1,4 +1,4 @@
-"""What an optimizer step costs: AutoLoRA, a gate alone and AdaLoRA, as ratios to plain LoRA.
+"""What an optimizer step costs: AutoLoRA, DyLoRA, a gate alone, AdaLoRA; ratios to plain LoRA.
 
     python benchmarks/step_cost.py [--rounds 12]
 
@@ -6,7 +6,9 @@ MiniLM (22.7 million parameters), LoRA on query and value, batch 32, 64 tokens, 
 
 Time: all variants live in one process and take turns, one optimizer step each per round, in an
 order drawn anew for every round. A figure is the median over rounds of the ratio to plain LoRA's
-step in the same round, so that whatever else the machine does hits all of them alike.
+step in the same round, so that whatever else the machine does hits all of them alike. "all ranks"
+is DyLoRA's step over the sum of plain LoRA's steps at rank 1, 2, ... 8 in the same round: what one
+run costs against one run for each rank, of as many steps.
 
 Memory: each variant runs alone in a fresh process for 3 steps. "peak" is the ratio of the highest
 memory during the steps; on a CPU that is the resident set, libraries and model included. "added"
@@ -48,6 +50,7 @@ from transformers.utils import logging as transformers_logging
 import rankwise
 from rankwise import gates
 from rankwise.files import write_json
+from rankwise.nested import NestedTrainer
 from rankwise.report.memory import peak_memory
 from rankwise.trainers import FiniteTrainer, SearchTrainer
 
@@ -66,13 +69,17 @@ METHODS = {
     "exact": rankwise.AutoLoRA(estimator="exact"),
     "first_order": rankwise.AutoLoRA(estimator="first_order"),
 }
-VARIANTS = (BASELINE, "adalora", "gated", *METHODS)
+NESTED = {"dylora": rankwise.DyLoRA(), "dylora_frozen": rankwise.DyLoRA(frozen=True)}
+VARIANTS = (BASELINE, "adalora", "gated", *METHODS, *NESTED)
+RANKS = {f"lora_r{b}": b for b in range(1, R)}  # timed for the sum over all ranks alone
 
 # What is aimed at: variant, figure, upper bound.
 AIMS = (
     ("gated", "time", 1.05),
     ("finite_difference", "time", 3.2),
     ("finite_difference", "peak", 1.25),
+    ("dylora", "time", 1.05),
+    ("dylora", "all_ranks", 1.05 / R),
 )
 
 Step = Callable[[], None]
@@ -115,17 +122,25 @@ def main() -> None:
 
 def measure_time(names: list[str], rounds: int) -> dict[str, dict[str, float]]:
     """Median and quartiles, over rounds, of each variant's step time over plain LoRA's."""
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    ranks = list(RANKS) if "dylora" in names else []
+    seconds: dict[str, list[float]] = {name: [] for name in [*names, *ranks]}
     order = random.Random(0)
     with TemporaryDirectory() as scratch:
-        steps = {name: make_step(name, WARM_UP + rounds, scratch) for name in names}
+        steps = {name: make_step(name, WARM_UP + rounds, scratch) for name in seconds}
         for number in track(range(WARM_UP + rounds), "Rounds", console=Console(stderr=True)):
-            for name in order.sample(names, len(names)):
+            for name in order.sample(list(seconds), len(seconds)):
                 started = time.perf_counter()
                 steps[name]()
                 if number >= WARM_UP:
                     seconds[name].append(time.perf_counter() - started)
-    return {name: summary(spent, seconds[BASELINE]) for name, spent in seconds.items()}
+    figures = {name: summary(seconds[name], seconds[BASELINE]) for name in names}
+    if ranks:
+        every = [
+            sum(spent) for spent in zip(*(seconds[n] for n in [*ranks, BASELINE]), strict=True)
+        ]
+        for name in NESTED.keys() & set(names):
+            figures[name]["all_ranks"] = summary(seconds[name], every)["time"]
+    return figures
 
 
 def summary(spent: list[float], baseline: list[float]) -> dict[str, float]:
@@ -210,8 +225,9 @@ def make_trainer(name: str, count: int, scratch: str) -> FiniteTrainer:
         disable_tqdm=True,
     )
     base, train = base_model(), random_rows(0)
-    if name == BASELINE:
-        config = LoraConfig(task_type="SEQ_CLS", r=R, lora_alpha=ALPHA, target_modules=TARGETS)
+    if name == BASELINE or name in RANKS:
+        r = RANKS.get(name, R)
+        config = LoraConfig(task_type="SEQ_CLS", r=r, lora_alpha=ALPHA, target_modules=TARGETS)
         return FiniteTrainer(get_peft_model(base, config), args, train_dataset=train)
     if name == "adalora":
         config = AdaLoraConfig(
@@ -224,6 +240,10 @@ def make_trainer(name: str, count: int, scratch: str) -> FiniteTrainer:
         return FiniteTrainer(get_peft_model(base, config), args, train_dataset=train)
     plan = rankwise.RankPlan.uniform(base, R, target_modules=TARGETS, lora_alpha=ALPHA)
     model = gates.build(base, plan, task_type="SEQ_CLS")
+    if name in NESTED:
+        return NestedTrainer(
+            model, args, plan=plan, method=NESTED[name], configuration={}, train_dataset=train
+        )
     method = METHODS.get(name, rankwise.AutoLoRA())
     gated = gates.attach(model, plan, method.activation, method.initial(R))
     if name == "gated":
@@ -297,6 +317,12 @@ def print_tables(figures: dict[str, dict[str, float]], aims: list[dict[str, Any]
         spread = f"{found['time_q1']:.2f} to {found['time_q3']:.2f}"
         ratios = (f"{found[key]:.2f}" for key in ("peak", "added"))
         table.add_row(name, f"{found['time']:.2f}", spread, *ratios)
+    lines = [
+        f"{name}: {figures[name]['all_ranks']:.3f} of {R} runs of LoRA, one for each rank"
+        for name in NESTED
+        if name in figures
+    ]
+    table.caption = "\n".join(lines)
     checked = Table(title="Aims", title_justify="left")
     for header in ("variant", "figure", "at most", "found", ""):
         checked.add_column(header)
