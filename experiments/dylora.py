@@ -1,0 +1,246 @@
+"""DyLoRA against LoRA trained at each rank and against SVD truncation, over tasks and seeds.
+
+    python experiments/dylora.py --data_dir DATA --model MODEL [--only mrpc stsb] [--seeds 0 1 2]
+
+DATA holds one folder per task (`mrpc/train.jsonl`, `mrpc/validation.jsonl`, ...). For each task and
+seed, on the same rows, in the same order, for the same number of steps, at the same rate: DyLoRA in
+both modes, LoRA at every rank from 1 to 8, and the LoRA of rank 8 truncated by SVD to every rank;
+all evaluated at every rank on the validation rows. alpha is 16 throughout, so a rank b has the
+scale 16 / b in every arm. The DyLoRA adapter also gets ranks by layer at the size of rank 3, chosen
+on 200 of the validation rows and compared with rank 3 everywhere on the others.
+
+One JSON file a task and seed in experiments/results/dylora/; arms that are in it are skipped, so
+that the grid can be stopped and started again. `--tune` sweeps the learning rate instead, judged on
+a tenth of the training rows.
+"""
+
+import argparse
+import json
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.utils import logging
+
+from rankwise import Adapter, RankPlan, curve, elastic, tasks, train
+from rankwise.files import write_json
+from rankwise.nested import NestedTrainer
+
+RESULTS = Path(__file__).parent / "results" / "dylora"
+R, ALPHA = 8, 16
+ELASTIC_RANK, ELASTIC_ROWS = 3, 200
+ARMS = ("dylora", "dylora-frozen", *(f"lora-{b}" for b in range(R, 0, -1)))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What differs between tasks: rows, epochs, rate."""
+
+    task: str
+    learning_rate: float = 1e-3
+    epochs: float = 1.0
+    first_rows: int | None = None
+
+
+GRID = {
+    "rte": Recipe("glue/rte"),
+    "mrpc": Recipe("glue/mrpc"),
+    "cola": Recipe("glue/cola"),
+    "stsb": Recipe("glue/stsb"),
+    "sst2": Recipe("glue/sst2", first_rows=8000),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--data_dir", type=Path, required=True)
+    parser.add_argument("--model", required=True, help="hub id or folder of the base model")
+    parser.add_argument("--only", nargs="*", default=list(GRID), choices=list(GRID))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--tune", nargs="*", type=float, help="learning rates to try instead")
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    for seed in args.seeds:
+        for name in args.only:
+            for rate in args.tune or [GRID[name].learning_rate]:
+                recipe = replace(GRID[name], learning_rate=rate)
+                suffix = f"-lr{rate:g}" if args.tune else ""
+                target = RESULTS / ("tune" if args.tune else "") / f"{name}-seed{seed}{suffix}.json"
+                fill(target, recipe, name, seed, args)
+
+
+def fill(target: Path, recipe: Recipe, name: str, seed: int, args: argparse.Namespace) -> None:
+    """Adds the arms that a task's result file lacks."""
+    found: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
+    missing = [arm for arm in args.arms if arm not in found.get("arms", {})]
+    if not missing:
+        return
+    job = load(recipe, name, seed, args)
+    found = found or describe(job) | {"arms": {}}
+    for arm in missing:
+        print(target.stem, arm, flush=True)
+        found["arms"] |= run(job, arm)
+        write_json(target, found)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One task and seed: rows, and how they are trained on."""
+
+    recipe: Recipe
+    seed: int
+    model: str
+    task: tasks.Task
+    tokenizer: Any
+    train: Dataset
+    evaluation: Dataset
+    args: TrainingArguments
+
+
+def load(recipe: Recipe, name: str, seed: int, args: argparse.Namespace) -> Job:
+    files = {"train_file": train_rows(name, recipe, args)}
+    if not args.tune:  # without a file for them, a tenth of the training rows is held out
+        files["validation_file"] = args.data_dir / name / "validation.jsonl"
+    task = tasks.load_task(recipe.task, **files, seed=seed)
+    tokenizer = tasks.load_tokenizer(args.model)
+    rows = [tasks.encode(task, part, tokenizer, 128) for part in (task.train, task.validation)]
+    rows[1] = by_length(rows[1])
+    training = TrainingArguments(
+        output_dir=tempfile.gettempdir(),
+        learning_rate=recipe.learning_rate,
+        num_train_epochs=recipe.epochs,
+        per_device_train_batch_size=8,
+        per_device_eval_batch_size=64,
+        train_sampling_strategy="group_by_length",
+        warmup_steps=0.06,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        seed=seed,
+        save_strategy="no",
+        report_to="none",
+        logging_strategy="no",
+        disable_tqdm=True,
+        label_names=["labels"],
+    )
+    return Job(recipe, seed, args.model, task, tokenizer, *rows, training)
+
+
+def train_rows(name: str, recipe: Recipe, args: argparse.Namespace) -> Path:
+    """The task's training file, or a file of its first rows where the recipe wants no more."""
+    source = args.data_dir / name / "train.jsonl"
+    if recipe.first_rows is None:
+        return source
+    cut = Path(tempfile.gettempdir()) / f"{name}-first-{recipe.first_rows}.jsonl"
+    with source.open(encoding="utf-8") as file:
+        cut.write_text("".join(islice(file, recipe.first_rows)), encoding="utf-8")
+    return cut
+
+
+def by_length(rows: Dataset) -> Dataset:
+    """In batches of rows of like length an evaluation pads less; its figures are the same."""
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    return rows.select(sorted(range(len(rows)), key=lengths.__getitem__))
+
+
+def describe(job: Job) -> dict[str, Any]:
+    names = "learning_rate num_train_epochs per_device_train_batch_size warmup_steps bf16 seed"
+    return {
+        "task": job.task.describe(),
+        "recipe": asdict(job.recipe),
+        "model": Path(job.model).name,
+        "r": R,
+        "lora_alpha": ALPHA,
+        "train_rows": len(job.train),
+        "evaluation_rows": len(job.evaluation),
+        "training": {name: getattr(job.args, name) for name in names.split()},
+    }
+
+
+def base_model(job: Job) -> Any:
+    """The frozen weights in bfloat16, the head in float32: it is trained, in small steps."""
+    set_seed(job.seed)
+    model = tasks.load_model(job.task, job.model, tokenizer=job.tokenizer, dtype="bfloat16")
+    model.classifier.float()
+    return model
+
+
+def run(job: Job, arm: str) -> dict[str, Any]:
+    """Trains one arm; its metrics by rank. LoRA at the largest rank brings SVD's arm along."""
+    kind, _, b = arm.rpartition("-") if arm.startswith("lora-") else (arm, "", str(R))
+    plan = replace(RankPlan.uniform(base := base_model(job), int(b)), scaling=ALPHA / int(b))
+    method = None if kind == "lora" else kind
+    options = evaluation(job)
+    trainer = train(base, plan, job.train, args=job.args, method=method, **options)
+    steps = trainer.state.global_step
+    if method is not None:
+        found = curve(trainer, job.evaluation, metric=job.task.main_metric)
+        by_rank = dict(zip(map(str, found.ranks), found.metrics, strict=True))
+        result = {arm: {"steps": steps, "ranks": by_rank}}
+        return result | ({"elastic": chosen_by_layer(trainer, job)} if arm == "dylora" else {})
+    found = {arm: {"steps": steps, "ranks": {b: measured(trainer, job)}}}
+    if int(b) == R:
+        with tempfile.TemporaryDirectory() as folder:
+            trainer.model.save_pretrained(folder)
+            adapter = Adapter.load(folder)
+        svd = {str(b): truncated(job, adapter, b) for b in range(1, R + 1)}
+        found["svd"] = {"steps": steps, "ranks": svd}
+    return found
+
+
+def chosen_by_layer(trainer: NestedTrainer, job: Job) -> dict[str, Any]:
+    """Ranks by layer against one rank at the same size, on rows that they were not chosen on."""
+    order = np.random.default_rng(job.seed).permutation(len(job.evaluation))
+    chosen_on = by_length(job.evaluation.select(order[:ELASTIC_ROWS]))
+    measured_on = by_length(job.evaluation.select(order[ELASTIC_ROWS:]))
+    budget = RankPlan.uniform(trainer.plan, ELASTIC_RANK).parameters
+    choice = elastic.choose(elastic.validation_loss(trainer, chosen_on), trainer.plan, budget)
+    found: dict[str, Any] = {
+        "rank": ELASTIC_RANK,
+        "rows_chosen_on": len(chosen_on),
+        "rows_measured_on": len(measured_on),
+        "pays_where_chosen": choice.pays,
+        "chosen_ranks": choice.elastic.ranks,
+        "parameters": choice.elastic.parameters,
+    }
+    for name, plan in (("elastic", choice.elastic), ("uniform", choice.uniform)):
+        trainer.set_ranks(plan.ranks)
+        found[name] = measured(trainer, replace(job, evaluation=measured_on))
+    trainer.set_ranks(R)
+    return found
+
+
+def truncated(job: Job, adapter: Adapter, b: int) -> dict[str, float]:
+    """The metrics of an adapter after SVD truncation, loaded by stock PEFT."""
+    with tempfile.TemporaryDirectory() as folder:
+        adapter.truncate_svd(b).save(Path(folder) / "cut")
+        model = PeftModel.from_pretrained(base_model(job), Path(folder) / "cut")
+    return measured(Trainer(model, job.args, **evaluation(job)), job)
+
+
+def evaluation(job: Job) -> dict[str, Any]:
+    return {
+        "data_collator": tasks.data_collator(job.task, job.tokenizer),
+        "compute_metrics": tasks.compute_metrics(job.task),
+        "preprocess_logits_for_metrics": tasks.preprocess_logits(job.task),
+    }
+
+
+def measured(trainer: Trainer, job: Job) -> dict[str, float]:
+    found = trainer.evaluate(job.evaluation)
+    return {name: found[f"eval_{name}"] for name in ("loss", *job.task.metrics)}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # two runs beside each other are faster than one with two threads
+    main()

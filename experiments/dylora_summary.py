@@ -1,0 +1,172 @@
+"""Sums up experiments/results/dylora: the tables of docs/dylora.md, and its figure.
+
+python experiments/dylora_summary.py     writes results/dylora-summary.json, docs/dylora.{md,png}
+"""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from summary import METRIC, points, replace_block, spread
+
+from rankwise.files import temporary_name, write_json, write_text
+from rankwise.report import draw_curves
+
+HERE = Path(__file__).parent
+DOC = HERE.parent / "docs" / "dylora.md"
+RANKS = [str(b) for b in range(1, 9)]
+ARMS = {
+    "LoRA trained at that rank": "lora",
+    "DyLoRA": "dylora",
+    "DyLoRA, frozen": "dylora-frozen",
+    "LoRA of rank 8, SVD": "svd",
+}
+
+
+def main() -> None:
+    summary = summarise(load())
+    text = replace_block(DOC.read_text(encoding="utf-8"), "evidence", tables(summary))
+    write_json(HERE / "results" / "dylora-summary.json", summary)
+    write_text(DOC, text)
+    draw(summary, HERE.parent / "docs" / "dylora.png")
+
+
+def load() -> dict[str, list[dict[str, Any]]]:
+    """Complete runs by task, in the order of seeds; all arms of one have as many steps."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted((HERE / "results" / "dylora").glob("*-seed*.json")):
+        run = json.loads(path.read_text())
+        wanted = {"dylora", "dylora-frozen", "svd", *(f"lora-{b}" for b in RANKS)}
+        if wanted <= set(run["arms"]):
+            runs.setdefault(path.name.partition("-seed")[0], []).append(run)
+    return runs
+
+
+def score(run: dict[str, Any], arm: str, b: str) -> float:
+    """The task's main metric of an arm at a rank."""
+    key = f"lora-{b}" if arm == "lora" else arm
+    return run["arms"][key]["ranks"][b][run["task"]["metrics"][0]]
+
+
+def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Per task and for the mean over tasks: mean and sd over seeds by arm and rank, and gaps."""
+    found = {}
+    for task, of in runs.items():
+        scores = {a: {b: [score(run, a, b) for run in of] for b in RANKS} for a in ARMS.values()}
+        found[task] = {
+            "metric": of[0]["task"]["metrics"][0],
+            "seeds": [run["training"]["seed"] for run in of],
+            "steps": of[0]["arms"]["dylora"]["steps"],
+            "train_rows": of[0]["train_rows"],
+            "evaluation_rows": of[0]["evaluation_rows"],
+            **spreads(scores),
+            "elastic": elastic(of),
+        }
+    return {"tasks": found, "mean": mean_over_tasks(runs)}
+
+
+def spreads(scores: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+    """Mean and sd of scores by arm and rank, and of their differences to LoRA, seed by seed."""
+    gaps = {
+        arm: {
+            b: [x - y for x, y in zip(scores[arm][b], scores["lora"][b], strict=True)]
+            for b in RANKS
+        }
+        for arm in scores
+        if arm != "lora"
+    }
+    return {
+        "scores": {arm: {b: spread(v) for b, v in of.items()} for arm, of in scores.items()},
+        "minus_lora": {arm: {b: spread(v) for b, v in of.items()} for arm, of in gaps.items()},
+    }
+
+
+def mean_over_tasks(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Scores averaged over tasks first, so that the sd is that of the mean over seeds."""
+    seeds = min(len(of) for of in runs.values())
+    scores = {
+        arm: {
+            b: [
+                statistics.fmean(score(of[i], arm, b) for of in runs.values()) for i in range(seeds)
+            ]
+            for b in RANKS
+        }
+        for arm in ARMS.values()
+    }
+    return {"tasks": list(runs), "seeds": seeds, **spreads(scores)}
+
+
+def elastic(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Ranks by layer minus one rank at the same size, on rows that they were not chosen on."""
+    metric = runs[0]["task"]["metrics"][0]
+    of = [run["arms"]["elastic"] for run in runs if "elastic" in run["arms"]]
+    return {
+        "rank": of[0]["rank"],
+        "rows_chosen_on": of[0]["rows_chosen_on"],
+        "elastic": spread([run["elastic"][metric] for run in of]),
+        "uniform": spread([run["uniform"][metric] for run in of]),
+        "gain": spread([run["elastic"][metric] - run["uniform"][metric] for run in of]),
+        "gain_in_loss": spread([run["uniform"]["loss"] - run["elastic"]["loss"] for run in of]),
+    }
+
+
+def tables(summary: dict[str, Any]) -> str:
+    mean = summary["mean"]
+    names = list(ARMS)
+    lines = [
+        f"Mean over {', '.join(mean['tasks'])}; points, mean ± sd over {mean['seeds']} seeds:",
+        "",
+        "| rank | " + " | ".join(names) + " | DyLoRA − LoRA | frozen − LoRA | SVD − LoRA |",
+        "| ---: |" + " ---: |" * 7,
+    ]
+    for b in RANKS:
+        cells = [points(mean["scores"][arm][b]) for arm in ARMS.values()]
+        cells += [points(mean["minus_lora"][arm][b], sign=True) for arm in list(ARMS.values())[1:]]
+        lines.append(f"| {b} | {' | '.join(cells)} |")
+    lines += ["", "By task, at four of the ranks:", ""]
+    lines += [
+        "| task, metric | rank | " + " | ".join(names) + " | seeds |",
+        "| --- |" + " ---: |" * 6,
+    ]
+    for task, found in summary["tasks"].items():
+        for b in ("1", "2", "4", "8"):
+            cells = [points(found["scores"][arm][b]) for arm in ARMS.values()]
+            name = f"{task}, {METRIC[found['metric']]}"
+            lines.append(f"| {name} | {b} | {' | '.join(cells)} | {len(found['seeds'])} |")
+    lines += ["", "Ranks by layer (`--elastic`) against one rank at the same size:", ""]
+    lines += ["| task, metric | rank 3 everywhere | by layer | gain |", "| --- |" + " ---: |" * 3]
+    for task, found in summary["tasks"].items():
+        by_layer = found["elastic"]
+        cells = [points(by_layer["uniform"]), points(by_layer["elastic"])]
+        cells.append(points(by_layer["gain"], sign=True))
+        lines.append(f"| {task}, {METRIC[found['metric']]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(summary: dict[str, Any], path: Path) -> None:
+    """One panel per task: four curves over ranks, a band of one sd over seeds."""
+    tasks = summary["tasks"]
+    figure = Figure(figsize=(3.3 * len(tasks), 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for axes, (task, found) in zip(panels, tasks.items(), strict=True):
+        series = {}
+        for name, arm in ARMS.items():
+            values = [found["scores"][arm][b] for b in RANKS]
+            means = [100 * value["mean"] for value in values]
+            series[name] = ([int(b) for b in RANKS], means, [100 * v["sd"] for v in values])
+        draw_curves(axes, series)
+        axes.set_title(f"{task} ({len(found['seeds'])} seeds)", fontsize=10)
+        axes.set_ylabel(f"{METRIC[found['metric']]}, points")
+        axes.set_xlabel("rank")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    with temporary_name(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+
+
+if __name__ == "__main__":
+    main()
