@@ -33,7 +33,7 @@ class Recipe:
 
 GRID = {
     "mrpc": Recipe("glue/mrpc", 3e-3, 1, 2),
-    "stsb": Recipe("glue/stsb", 3e-3, 1, 1),
+    "stsb": Recipe("glue/stsb", 1e-3, 1, 1),
     "sst2": Recipe("glue/sst2", 3e-3, 1, 1, 8000),
     "rte": Recipe("glue/rte", 3e-3, 1, 1, 320),
     "cola": Recipe("glue/cola", 3e-3, 1, 1, 960),

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import statistics
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +13,16 @@ ROOT = Path(__file__).parents[1]
 
 
 def load(name):
+    """A recipe as a module; it may import the one beside it, as it does when it is run."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
+sys.path.append(str(ROOT / "experiments"))
 summary = load("summary")
+dylora = load("dylora_summary")
 
 
 def test_seeds_that_agree_are_told_from_seeds_that_do_not():
@@ -61,3 +66,57 @@ def test_arms_of_a_result_differ_in_ranks_alone():
             learned, uniform, drawn = (arm["lora_parameters"] for arm in arms)
             assert learned == drawn, task
             assert uniform == 4 * len(run["ranks"]) * 768, task
+
+
+def made_up(seed: int, bonus: float) -> dict:
+    """A result in which DyLoRA is `bonus` ahead of LoRA, and SVD 0.01 behind, at every rank."""
+    by_rank = {b: {"loss": 0.5, "accuracy": 0.7 + 0.01 * int(b) + 0.1 * seed} for b in dylora.RANKS}
+
+    def moved(by: float) -> dict:
+        ranks = {b: m | {"accuracy": m["accuracy"] + by} for b, m in by_rank.items()}
+        return {"steps": 10, "ranks": ranks}
+
+    arms = {f"lora-{b}": {"steps": 10, "ranks": {b: by_rank[b]}} for b in dylora.RANKS}
+    arms |= {"dylora": moved(bonus), "dylora-frozen": moved(0), "svd": moved(-0.01)}
+    by_layer = {"loss": 0.4, "accuracy": 0.8}, {"loss": 0.5, "accuracy": 0.75}
+    arms["elastic"] = {
+        "rank": 3,
+        "rows_chosen_on": 9,
+        "elastic": by_layer[0],
+        "uniform": by_layer[1],
+    }
+    return {
+        "task": {"metrics": ["accuracy"]},
+        "training": {"seed": seed},
+        "train_rows": 1,
+        "evaluation_rows": 1,
+        "arms": arms,
+    }
+
+
+def test_differences_to_lora_are_taken_seed_by_seed():
+    """The spread between seeds, the same in both arms, is none of the difference's."""
+    runs = {"a": [made_up(s, 0.02) for s in (0, 1)], "b": [made_up(s, 0.04) for s in (0, 1)]}
+    found = dylora.summarise(runs)
+    gap = found["tasks"]["a"]["minus_lora"]["dylora"]["3"]
+    assert gap["mean"] == pytest.approx(0.02) and gap["sd"] == pytest.approx(0, abs=1e-12)
+    score = found["tasks"]["a"]["scores"]["lora"]["3"]
+    assert score["sd"] == pytest.approx(statistics.stdev([0.73, 0.83]))
+    assert found["mean"]["minus_lora"]["dylora"]["8"]["mean"] == pytest.approx(0.03)
+    assert found["mean"]["minus_lora"]["svd"]["1"]["mean"] == pytest.approx(-0.01)
+    assert found["tasks"]["b"]["elastic"]["gain"]["mean"] == pytest.approx(0.05)
+    assert "| 3 | 78.0 ± 7.1 | 81.0 ± 7.1 |" in dylora.tables(found)
+
+
+def test_page_holds_the_tables_of_the_result_files():
+    found = dylora.summarise(dylora.load())
+    assert dylora.tables(found) in (ROOT / "docs" / "dylora.md").read_text(encoding="utf-8")
+    saved = json.loads((ROOT / "experiments/results/dylora-summary.json").read_text())
+    assert json.loads(json.dumps(found)) == saved
+
+
+def test_arms_of_the_dylora_comparison_had_as_many_steps():
+    for task, runs in dylora.load().items():
+        for run in runs:
+            steps = {arm["steps"] for name, arm in run["arms"].items() if name != "elastic"}
+            assert len(steps) == 1, task

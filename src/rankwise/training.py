@@ -198,7 +198,8 @@ def train(
         train_dataset: D_tr and D_val together, where the plan comes from a search.
         args: TrainingArguments. `args.seed` also draws the factors, and DyLoRA's ranks.
         method: None for plain LoRA; "dylora", "dylora-frozen" or `DyLoRA(...)` for an adapter that
-            works at every rank up to the plan's, which has to be the same for all modules.
+            works at every rank up to the plan's, which has to be the same for all modules. There is
+            no evaluation during such a training: which rank's would it be?
         task_type, lora_dropout: of the LoraConfig; None infers the type from the model's class.
         resume_from_checkpoint: a checkpoint folder, or True for the last complete one in
             `args.output_dir`.

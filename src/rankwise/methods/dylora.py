@@ -21,7 +21,7 @@ class DyLoRA:
     Args:
         r_min: the smallest rank drawn, at least 1; the largest is the r of the plan.
         distribution: of b: `"uniform"`, or `"geometric"`, P(b) ∝ p (1-p)^(b-1) within the range.
-        p: of the geometric distribution, above 0 and below 1; 0.15 in the paper.
+        p: of the geometric distribution, above 0 and below 1.
         weights: one probability per rank from r_min to r_max, instead of a distribution.
         frozen: only the b-th column of B and the b-th row of A move in a step (the paper's
             "frozen" mode, the cheaper update); every other one is unchanged bit for bit, weight
