@@ -1,4 +1,4 @@
-"""Tiny random models of each family, and batches for them. No weights, no downloads."""
+"""Tiny random models of each family, batches for them, and short trainings. No downloads."""
 
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -15,6 +15,8 @@ from transformers import (
     LlamaConfig,
     PreTrainedModel,
     RobertaConfig,
+    TrainerCallback,
+    TrainingArguments,
 )
 
 VOCABULARY, LENGTH = 60, 9
@@ -109,3 +111,38 @@ def batch(of: Family, count: int = 5, seed: int = 1) -> dict[str, torch.Tensor]:
     """Inputs without labels."""
     table = rows(of, count, seed).with_format("torch")
     return {name: table[name][:] for name in ("input_ids", "attention_mask")}
+
+
+def without_dropout(of: Family) -> PreTrainedModel:
+    model = of.model()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def arguments(folder: Any, **changes: Any) -> TrainingArguments:
+    """A few steps at a constant rate on the CPU; nothing saved, nothing printed."""
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return TrainingArguments(**(settings | changes))
+
+
+class StopAfter(TrainerCallback):
+    """Ctrl-C at the end of a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt

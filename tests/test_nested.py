@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from scipy.stats import chisquare
 from torch._dynamo.testing import CompileCounter
 from torch.func import functional_call
-from transformers import TrainerCallback, TrainingArguments, default_data_collator
+from transformers import TrainerCallback, default_data_collator
 
-from families import FAMILIES, batch, family, rows
+from families import FAMILIES, StopAfter, arguments, batch, family, rows, without_dropout
 from rankwise import (
     CheckpointError,
     Curve,
@@ -41,29 +41,6 @@ K, ALPHA = 4, 8.0
 @pytest.fixture
 def of():
     return family("bert-classification")
-
-
-def without_dropout(of):
-    model = of.model()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model
-
-
-def arguments(folder, **changes):
-    settings = {
-        "output_dir": str(folder),
-        "max_steps": 6,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    return TrainingArguments(**(settings | changes))
 
 
 def plan_of(model, r=K):
@@ -270,15 +247,6 @@ def test_two_processes_equal_one_with_their_batches(tmp_path):
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(theirs[name], tensor, rtol=1e-4, atol=1e-6)
-
-
-class StopAfter(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("method", ["dylora", "dylora-frozen"])

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch.func import functional_call
-from transformers import TrainerCallback, TrainingArguments, default_data_collator
+from transformers import TrainerCallback, default_data_collator
 
 import rankwise
-from families import family, rows
+from families import StopAfter, arguments, family, rows, without_dropout
 from rankwise import AutoLoRA, CheckpointError, DataError, DivergedError, RankwiseError, gates
 from rankwise.plan import RankPlan
 from rankwise.trainers import FiniteTrainer, SearchTrainer
@@ -26,29 +26,6 @@ K = 4
 @pytest.fixture
 def of():
     return family("bert-classification")
-
-
-def without_dropout(of):
-    model = of.model()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model
-
-
-def arguments(folder, **changes):
-    settings = {
-        "output_dir": str(folder),
-        "max_steps": 6,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    return TrainingArguments(**(settings | changes))
 
 
 def search(model, data, args, method=None, **more):
@@ -401,17 +378,6 @@ def test_arguments_that_cannot_work_are_refused(of, tmp_path, changes, message, 
 
 
 # --- stopped, resumed, diverged -----------------------------------------------------------------
-
-
-class StopAfter(TrainerCallback):
-    """Stops a search the hard way, between two steps."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("stop", [3, 4, 7, 8])
