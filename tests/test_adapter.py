@@ -580,6 +580,10 @@ def test_a_plan_that_contradicts_the_weights_is_refused(nested_bert, tmp_path):
     more.save(path)
     with pytest.raises(PlanError, match=r"has the module '.*key', which the weights lack"):
         Adapter.load(path.parent).truncate(2)
+    for method in ({"r_min": "x"}, {"weights": [1.0]}, {"weights": 3}, {"rank": 4}):
+        plan.with_ranks(plan.ranks, method=method).save(path)
+        with pytest.raises(PlanError, match=r"the method in nested_plan\.json is not DyLoRA's"):
+            Adapter.load(path.parent)
     path.write_text("{")
     with pytest.raises(PlanError, match=r"nested_plan\.json: not JSON"):
         Adapter.load(path.parent)
@@ -739,7 +743,7 @@ def test_missing_files(copy, tmp_path):
     (copy / WEIGHTS).unlink()
     refused(copy, r"no adapter_model\.safetensors in .*; give an adapter folder")
     torch.save(weights, copy / "adapter_model.bin")
-    refused(copy, r"it has adapter_model\.bin, a pickle; save it again with safetensors")
+    refused(copy, r"adapter_model\.bin is a pickle; load it in PEFT and save_pretrained\(\) again")
 
 
 @pytest.mark.parametrize("keep", [0, 4, 8, 100, -1], ids=lambda n: f"{n} bytes")

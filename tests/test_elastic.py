@@ -61,7 +61,7 @@ def test_diminishing_gains_at_equal_costs_give_the_best_plan_of_all(seed, r_min)
     gains = [sorted(rng.exponential(scale, size=R), reverse=True) for scale in scales]
     for budget in budgets(plan, 8, r_min):  # half the cost of a piece: some of it is left over
         loss = Additive(gains)
-        found = choose(loss, plan, budget, r_min)
+        found = choose(loss, plan, budget, range(r_min, R + 1))
         assert loss.of(found.plan.ranks) == pytest.approx(best(loss, plan, budget, r_min))
         assert found.plan.parameters <= budget
         assert min(found.plan.ranks.values()) >= r_min
@@ -103,7 +103,7 @@ def test_each_plan_is_measured_once(r_min):
     plan = plan_of(SQUARE)
     for budget in budgets(plan, 16, r_min):
         loss = Additive([[9, 4, 2, 1], [3, 2, 1, 0.5], [1, 0.4, 0.2, 0.1]])
-        found = choose(loss, plan, budget, r_min)
+        found = choose(loss, plan, budget, range(r_min, R + 1))
         single = len(SQUARE) * (R - r_min)  # each entry at each of its other ranks
         same = found.elastic.ranks == found.uniform.ranks
         assert len(loss.calls) == single + (1 if same else 2)
@@ -170,10 +170,10 @@ def test_budgets_out_of_range_are_refused(r_min):
     loss = Additive([[1] * R] * 3)
     for budget in (0, r_min * 48 - 1, 193):
         with pytest.raises(PlanError, match=rf"budget is {budget} .* ranks {r_min} to 4 .*192"):
-            choose(loss, plan, budget, r_min)
+            choose(loss, plan, budget, range(r_min, R + 1))
     assert not loss.calls  # refused before anything expensive
-    assert set(choose(loss, plan, r_min * 48, r_min).plan.ranks.values()) == {r_min}
-    assert set(choose(loss, plan, 192, r_min).plan.ranks.values()) == {R}
+    assert set(choose(loss, plan, r_min * 48, range(r_min, R + 1)).plan.ranks.values()) == {r_min}
+    assert set(choose(loss, plan, 192, range(r_min, R + 1)).plan.ranks.values()) == {R}
 
 
 def test_uniform_within_is_the_largest_rank_that_fits():
@@ -261,3 +261,12 @@ def test_the_choice_holds_for_the_adapter_that_is_cut_by_it(trainer, tmp_path):
     assert len({full, *measured.values()}) == 3
     assert found.plan is (found.elastic if found.pays else found.uniform)
     assert found.pays == (measured["elastic"] < measured["uniform"])
+
+
+def test_ranks_that_were_not_trained_are_never_measured_or_chosen():
+    loss, plan = Additive([[1.0, 1.0, 1.0, 5.0]] * 3), plan_of(SQUARE)
+    one = RankPlan.uniform(plan, 1).parameters
+    found = choose(loss, plan, 3 * one, [1, 4])
+    assert set().union(*(ranks.values() for ranks in loss.calls)) <= {1, 4}
+    assert set(found.uniform.ranks.values()) == {1}  # 3 was not trained, and 4 does not fit
+    assert sorted(found.plan.ranks.values()) == [1, 4, 4]

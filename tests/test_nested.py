@@ -19,6 +19,8 @@ from transformers import TrainerCallback, default_data_collator
 
 from families import FAMILIES, StopAfter, arguments, batch, family, rows, without_dropout
 from rankwise import (
+    Adapter,
+    AdapterError,
     CheckpointError,
     Curve,
     DivergedError,
@@ -273,7 +275,7 @@ def test_interrupted_and_resumed_equals_never_stopped(of, tmp_path, stop, method
 def test_a_checkpoint_of_another_method_is_refused(of, tmp_path):
     args = arguments(tmp_path, save_strategy="steps", save_steps=2)
     trained(of.model(), rows(of), args)
-    with pytest.raises(CheckpointError, match=r"method was .*'frozen': False.* now .*True"):
+    with pytest.raises(CheckpointError, match=r"method\.frozen was False and is now True"):
         trained(of.model(), rows(of), args, "dylora-frozen", resume_from_checkpoint=True)
 
 
@@ -479,6 +481,43 @@ def test_saving_leaves_the_trainer_as_it_was(of, tmp_path):
     assert plan.provenance["method"]["name"] == "dylora"
 
 
+def test_a_metric_keeps_its_own_direction(of, tmp_path):
+    """`greater_is_better` of the arguments is that of their metric, not of every one."""
+    args = arguments(tmp_path, metric_for_best_model="loss", greater_is_better=False)
+    trainer = trained(of.model(), rows(of), args, compute_metrics=accuracy)
+    assert curve(trainer, rows(of, seed=5), metric="accuracy").greater_is_better is True
+    assert curve(trainer, rows(of, seed=5)).greater_is_better is False
+
+
+def test_names_with_and_without_eval_are_the_same_metric(of, tmp_path):
+    def prefixed(output):
+        return {f"eval_{name}": value for name, value in accuracy(output).items()}
+
+    trainer = trained(of.model(), rows(of), arguments(tmp_path), compute_metrics=accuracy)
+    plain = curve(trainer, rows(of, 50, seed=5), metric="accuracy")
+    trainer.compute_metrics = prefixed
+    assert curve(trainer, rows(of, 50, seed=5), metric="accuracy") == plain
+
+
+def test_evaluation_during_training_is_of_the_largest_rank(of, tmp_path):
+    args = arguments(tmp_path, eval_strategy="steps", eval_steps=2, max_steps=4, learning_rate=0.0)
+    trainer = trained(of.model(), rows(of), args, eval_dataset=rows(of, seed=5))
+    losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+    assert len(losses) == 2
+    trainer.set_ranks(K)
+    assert losses == pytest.approx([trainer.evaluate()["eval_loss"]] * 2)
+
+
+def test_save_model_writes_what_peft_reads(of, tmp_path):
+    trainer = trained(of.model(), rows(of), arguments(tmp_path))
+    trainer.save_model(str(tmp_path / "saved"))
+    names = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    assert not [name for name in names if "parametrizations" in name]
+    trainer.model.save_pretrained(tmp_path / "gated")  # the way that cannot work is recognised
+    with pytest.raises(AdapterError, match="saved with its gates on"):
+        Adapter.load(tmp_path / "gated")
+
+
 # --- refused before any work --------------------------------------------------------------------
 
 
@@ -492,6 +531,7 @@ def test_saving_leaves_the_trainer_as_it_was(of, tmp_path):
         ({"weights": (1.5, -0.5, 0.0, 0.0)}, "each has to lie from 0 to 1"),
         ({"weights": (float("nan"), 0.5, 0.5, 0.0)}, "each has to lie from 0 to 1"),
         ({"distribution": "normal"}, "take uniform or geometric"),
+        ({"distribution": "geometric", "weights": (1.0, 0.0, 0.0, 0.0)}, "leave the other out"),
         ({"distribution": "geometric", "p": 1.0}, "p is 1.0; it has to lie between 0 and 1"),
     ],
 )
@@ -521,6 +561,27 @@ def test_ranks_and_metrics_that_are_not_there(of, tmp_path):
         pick(found, -1)
     with pytest.raises(PlanError, match="ranks 1 to 4; 5 is none of them"):
         trainer.set_ranks(5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"},
+            "load_best_model_at_end knows one rank",
+        ),
+        ({"batch_eval_metrics": True}, "leave batch_eval_metrics and include_for_metrics out"),
+    ],
+)
+def test_arguments_that_know_one_rank_are_refused(of, tmp_path, changes, message):
+    with pytest.raises(RankwiseError, match=message):
+        trained(of.model(), rows(of), arguments(tmp_path, **changes))
+
+
+def test_search_wants_its_metric_computed(of, tmp_path):
+    args = arguments(tmp_path, metric_for_best_model="accuracy")
+    with pytest.raises(RankwiseError, match="'accuracy', but there is no compute_metrics"):
+        search(of.model(), rows(of), method="dylora", r=K, args=args)
 
 
 def test_a_nan_loss_stops_the_run_and_names_the_checkpoint(of, tmp_path):

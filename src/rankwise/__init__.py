@@ -1,5 +1,6 @@
 """rankwise: LoRA ranks chosen from your data."""
 
+from rankwise import elastic
 from rankwise.adapter import Adapter
 from rankwise.errors import (
     AdapterError,
@@ -39,6 +40,7 @@ __all__ = [
     "bake",
     "build",
     "curve",
+    "elastic",
     "pick",
     "search",
     "train",

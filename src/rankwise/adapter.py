@@ -13,6 +13,7 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rankwise.errors import AdapterError, PlanError
+from rankwise.errors import AdapterError, OutputError, PlanError, RankwiseError
 from rankwise.files import replace_folder, write_json
+from rankwise.methods import DyLoRA
 from rankwise.plan import RankPlan
 
 WEIGHTS, CONFIG, NESTED = "adapter_model.safetensors", "adapter_config.json", "nested_plan.json"
@@ -115,7 +117,9 @@ class Adapter:
         try:
             config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise AdapterError(f"cannot read {folder / CONFIG}: {error}") from error
+            raise AdapterError(
+                f"cannot read {folder / CONFIG}: {error}; give the folder of a PEFT adapter"
+            ) from error
         if not isinstance(config, dict):
             raise AdapterError(
                 f"{folder / CONFIG} holds a {type(config).__name__}, not a JSON object; save the "
@@ -127,7 +131,9 @@ class Adapter:
             )
         if not (folder / WEIGHTS).is_file():
             other = (folder / "adapter_model.bin").is_file()
-            hint = "it has adapter_model.bin, a pickle; save it again with safetensors" * other
+            hint = (
+                "adapter_model.bin is a pickle; load it in PEFT and save_pretrained() again" * other
+            )
             raise AdapterError(f"no {WEIGHTS} in {folder}; {hint or 'give an adapter folder'}")
         try:
             weights = load_file(folder / WEIGHTS)
@@ -139,6 +145,7 @@ class Adapter:
         adapter = cls(config, weights, plan)
         adapter._refuse_what_ranks_would_break()
         adapter.factors()
+        adapter.trained_ranks  # noqa: B018  # read here, so that what is wrong with it shows here
         return adapter
 
     def _refuse_what_ranks_would_break(self) -> None:
@@ -165,6 +172,11 @@ class Adapter:
         for key, tensor in self.weights.items():
             if match := _FACTOR.match(key):
                 pairs.setdefault(match[1], {})[match[3]] = tensor
+            elif ".parametrizations." in key:
+                raise AdapterError(
+                    f"the adapter has {key!r}: it was saved with its gates on; save it with the "
+                    "trainer's save_nested"
+                )
             elif ".lora_" in key and not key.endswith(".lora_B.bias"):
                 raise AdapterError(
                     f"the adapter has {key!r}, of a variant of LoRA that is not known here; a "
@@ -228,10 +240,15 @@ class Adapter:
         if self.plan is None:
             return []
         method = self.plan.provenance.get("method")
-        about = method if isinstance(method, dict) else {}
-        ranks = range(int(about.get("r_min", 1)), self.plan.r_max + 1)
-        weights = about.get("weights") or [1] * len(ranks)
-        return [b for b, weight in zip(ranks, weights, strict=False) if weight > 0]
+        settings = dict(method) if isinstance(method, dict) else {}
+        settings.pop("name", None)
+        try:
+            if settings.get("weights") is not None:
+                settings["weights"] = tuple(settings["weights"])
+            probabilities = DyLoRA(**settings).probabilities(self.plan.r_max)
+        except (TypeError, RankwiseError) as error:
+            raise PlanError(f"the method in {NESTED} is not DyLoRA's: {error}") from error
+        return [b for b, p in probabilities.items() if p > 0]
 
     def truncate(self, ranks: int | RankPlan) -> "Adapter":
         """The nested adapter cut to its first b pieces: one b for all, or a plan's ranks.
@@ -257,7 +274,10 @@ class Adapter:
 
     def _wanted(self, plan: RankPlan, ranks: int | RankPlan) -> dict[str, int]:
         """b by entry, each one a rank that was trained."""
-        wanted = dict.fromkeys(plan.modules, ranks) if isinstance(ranks, int) else ranks.ranks
+        if isinstance(ranks, RankPlan):
+            wanted = ranks.ranks
+        else:
+            wanted = dict.fromkeys(plan.modules, index(ranks))
         if set(wanted) != set(plan.modules):
             odd = sorted(set(wanted) ^ set(plan.modules))[0]
             raise PlanError(f"plan and adapter differ in the module {odd!r}; it is for another one")
@@ -351,14 +371,19 @@ class Adapter:
         A nested adapter that was not cut keeps its plan.
 
         Raises:
-            AdapterError: the folder exists.
+            AdapterError: the folder exists. OutputError: it cannot be made.
         """
         target = Path(folder)
         if target.exists():
             raise AdapterError(f"{target} exists; give a new folder")
         work = target.with_name(f".{target.name}.partial")
         shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
-        work.mkdir(parents=True)
+        try:
+            work.mkdir(parents=True)
+        except OSError as error:
+            raise OutputError(
+                f"cannot make {work}: {error.strerror}; give another folder"
+            ) from error
         try:
             save_file(self.weights, work / WEIGHTS, metadata={"format": "pt"})
             write_json(work / CONFIG, self.config)

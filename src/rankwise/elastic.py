@@ -5,7 +5,7 @@ its first b_l. The loss on validation data says which layers a parameter is wort
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,21 +41,21 @@ class Choice:
         return self.elastic_loss < self.uniform_loss
 
 
-def choose(loss: Loss, plan: RankPlan, budget: int, r_min: int = 1) -> Choice:
+def choose(loss: Loss, plan: RankPlan, budget: int, ranks: Sequence[int] | None = None) -> Choice:
     """The ranks of a nested adapter that a budget allows, by marginal loss per parameter.
 
     First the loss with each entry alone moved through its ranks, all others at the uniform rank of
-    the budget: entries x ranks evaluations. Then, from r_min everywhere, the step up of one entry
-    that lowers its loss most per parameter is taken while it fits; a step may be of several ranks,
-    so that a useless piece does not hide a useful one behind it. The same from the uniform rank,
-    since many cheap pieces may leave no room for a dear one worth more; the plan with the lower sum
-    of losses is taken. Last, the loss of the whole.
+    the budget: entries x ranks evaluations. Then, from the smallest rank everywhere, the step up of
+    one entry that lowers its loss most per parameter is taken while it fits; a step may be of
+    several ranks, so that a useless piece does not hide a useful one behind it. The same from the
+    uniform rank, since many cheap pieces may leave no room for a dear one worth more; the plan with
+    the lower sum of losses is taken. Last, the loss of the whole.
 
     Args:
         loss: ranks by entry -> mean loss on validation rows, always the same ones.
         plan: the nested adapter's; its ranks are the largest.
         budget: LoRA parameters in all.
-        r_min: the smallest rank that was trained.
+        ranks: those that were trained; None is all up to the plan's.
 
     Raises:
         PlanError: a budget outside what the trained ranks can take.
@@ -65,39 +65,46 @@ def choose(loss: Loss, plan: RankPlan, budget: int, r_min: int = 1) -> Choice:
         >>> choose(loss, plan, budget=20_000).plan.parameters
         19968
     """
-    uniform = uniform_within(plan, budget, r_min)
+    trained = sorted(ranks or range(1, plan.r_max + 1))
+    uniform = uniform_within(plan, budget, trained)
     start = uniform.ranks
     uniform_loss = _finite(loss, start)
     losses = {
         name: {
             b: uniform_loss if b == start[name] else _finite(loss, {**start, name: b})
-            for b in range(r_min, entry.r + 1)
+            for b in trained
         }
-        for name, entry in plan.modules.items()
+        for name in plan.modules
     }
-    ranks = min(
-        (_greedy(plan, losses, budget, s) for s in (dict.fromkeys(start, r_min), start)),
+    chosen = min(
+        (_greedy(plan, losses, budget, s) for s in (dict.fromkeys(start, trained[0]), start)),
         key=lambda found: sum(losses[name][b] for name, b in found.items()),
     )
-    elastic = plan.with_ranks(ranks, method="elastic", budget=budget)
-    elastic_loss = uniform_loss if ranks == start else _finite(loss, ranks)
+    elastic = plan.with_ranks(chosen, method="elastic", budget=budget)
+    elastic_loss = uniform_loss if chosen == start else _finite(loss, chosen)
     better = elastic if elastic_loss < uniform_loss else uniform
     return Choice(better, elastic, uniform, elastic_loss, uniform_loss, losses)
 
 
-def uniform_within(plan: RankPlan, budget: int, r_min: int = 1) -> RankPlan:
+def uniform_within(plan: RankPlan, budget: int, ranks: Sequence[int] | None = None) -> RankPlan:
     """The largest single rank of a nested adapter that a budget of parameters allows.
 
+    Args:
+        plan: the nested adapter's.
+        budget: LoRA parameters in all, as the plan counts them.
+        ranks: those that were trained; None is all up to the plan's.
+
     Raises:
-        PlanError: a budget below rank r_min, or above the largest rank.
+        PlanError: a budget below the smallest rank, or above the largest.
     """
+    trained = sorted(ranks or range(1, plan.r_max + 1))
     one = RankPlan.uniform(plan, 1).parameters
-    if not r_min * one <= budget <= plan.parameters:
+    if not trained[0] * one <= budget <= plan.parameters:
         raise PlanError(
-            f"the budget is {budget:,} parameters; ranks {r_min} to {plan.r_max} of these modules "
-            f"take {r_min * one:,} to {plan.parameters:,}"
+            f"the budget is {budget:,} parameters; ranks {trained[0]} to {trained[-1]} of these "
+            f"modules take {trained[0] * one:,} to {plan.parameters:,}"
         )
-    return RankPlan.uniform(plan, budget // one)
+    return RankPlan.uniform(plan, max(b for b in trained if b * one <= budget))
 
 
 def validation_loss(trainer: NestedTrainer, dataset: Any) -> Loss:
@@ -145,8 +152,8 @@ def _greedy(
                 b,
             )
             for name, entry in plan.modules.items()
-            for b in range(ranks[name] + 1, entry.r + 1)
-            if (b - ranks[name]) * entry.cost <= left
+            for b in losses[name]
+            if b > ranks[name] and (b - ranks[name]) * entry.cost <= left
         ]
         gain, name, b = max(steps, key=lambda step: step[0], default=(0.0, "", 0))
         if gain <= 0:

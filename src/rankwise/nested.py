@@ -16,15 +16,35 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import EvalPrediction, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
 
 from rankwise import gates
 from rankwise.adapter import NESTED
 from rankwise.errors import DivergedError, RankwiseError
+from rankwise.files import write_text
 from rankwise.methods import DyLoRA
 from rankwise.plan import RankPlan
 from rankwise.trainers import GatedTrainer
 
 RESAMPLES = 200  # of the bootstrap behind a standard error
+FEW_BATCHES = 8  # too few for the standard error of a mean over batches
+
+logger = logging.get_logger(__name__)
+
+
+CARD = """---
+library_name: peft
+tags:
+- lora
+- rankwise
+---
+
+# Nested LoRA adapter
+
+Trained by DyLoRA: the first b of its {} rank-1 pieces are an adapter for every rank b that
+`nested_plan.json` names. As it stands it is a stock PEFT adapter of the largest rank; another one:
+`rankwise truncate --adapter FOLDER --r 2 --output_dir DIR`.
+"""
 
 
 class NestedTrainer(GatedTrainer):
@@ -110,6 +130,11 @@ class NestedTrainer(GatedTrainer):
     def loss_standard_error(self) -> float:
         """Of the last evaluation's mean loss, from the spread between its batches; 0 for one."""
         losses = self.accelerator.gather(torch.stack(self._batch_losses).to(self.args.device))
+        if len(losses) < FEW_BATCHES:
+            logger.warning(
+                f"the standard error of the loss comes from {len(losses)} evaluation batches; "
+                "lower per_device_eval_batch_size, or give compute_metrics"
+            )
         return float(losses.std() / len(losses) ** 0.5) if len(losses) > 1 else 0.0
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -117,6 +142,13 @@ class NestedTrainer(GatedTrainer):
             return super().train(*args, **kwargs)
         finally:
             self.set_ranks(self.r_max)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's name for `save_nested`; Trainer itself calls it for checkpoints."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            self.save_nested(output_dir or str(self.args.output_dir))
 
     def save_nested(self, folder: str | Path) -> None:
         """Writes the trained adapter, from which `Adapter.truncate` cuts every rank of its range.
@@ -130,6 +162,7 @@ class NestedTrainer(GatedTrainer):
         gates.bake(model)
         try:
             model.save_pretrained(str(folder))
+            write_text(folder / "README.md", CARD.format(self.r_max))
             self.plan.save(folder / NESTED)
         finally:  # new gates: the trainer can go on evaluating
             self.nested_gates = gates.attach_nested(model, self.plan)
@@ -225,8 +258,8 @@ def curve(
         ranks: which ranks; None is all that were trained.
         metric: the name under which the trainer's `compute_metrics` returns what counts; None is
             `args.metric_for_best_model`, or else the loss.
-        greater_is_better: direction of the metric; None is `args.greater_is_better`, or else False
-            for names that end in "loss" or are "perplexity".
+        greater_is_better: direction of the metric; None is `args.greater_is_better` where the
+            metric is that of `args`, or else False for names that end in "loss" or "perplexity".
 
     Raises:
         RankwiseError: a rank that was not trained, a metric that is not computed.
@@ -237,11 +270,14 @@ def curve(
         (0.71, 0.74, 0.75, 0.75)
     """
     trained = [b for b, p in trainer.method.probabilities(trainer.r_max).items() if p > 0]
-    wanted = trained if ranks is None else sorted(ranks)
+    wanted = trained if ranks is None else sorted(set(ranks))
+    if not wanted or len(dataset) == 0:
+        raise RankwiseError("there are no ranks, or no rows, to measure; give some of both")
     if odd := [b for b in wanted if b not in trained]:
         raise RankwiseError(f"rank {odd[0]} was not trained; there are {trained}")
-    metric = (metric or trainer.args.metric_for_best_model or "loss").removeprefix("eval_")
-    if greater_is_better is None:
+    best = (trainer.args.metric_for_best_model or "loss").removeprefix("eval_")
+    metric = (metric or best).removeprefix("eval_")
+    if greater_is_better is None and metric == best:
         greater_is_better = trainer.args.greater_is_better
     if greater_is_better is None:
         greater_is_better = not metric.endswith(("loss", "perplexity"))
@@ -252,9 +288,8 @@ def curve(
             output = trainer.predict(dataset, metric_key_prefix="eval")
             values = _plain(output.metrics)
             if metric not in values:
-                raise RankwiseError(
-                    f"metric is {metric!r}, but compute_metrics gives {', '.join(sorted(values))}"
-                )
+                there = ", ".join(sorted(values)) or "nothing; do the rows have labels?"
+                raise RankwiseError(f"metric is {metric!r}, but compute_metrics gives {there}")
             if not np.isfinite(values[metric]):
                 raise DivergedError(f"{metric} is {values[metric]} at rank {b} after training")
             found.append(values)
@@ -275,17 +310,16 @@ def _plain(metrics: Mapping[str, float]) -> dict[str, float]:
 
 def _standard_error(trainer: NestedTrainer, metric: str, output: Any) -> float:
     """Standard deviation of a metric over bootstrap resamples of the evaluated rows, seeded."""
-    if trainer.compute_metrics is None or metric not in trainer.compute_metrics(
-        EvalPrediction(output.predictions, output.label_ids)
-    ):
+
+    def measured(rows: np.ndarray) -> dict[str, float]:
+        sample = EvalPrediction(_take(output.predictions, rows), _take(output.label_ids, rows))
+        return _plain(trainer.compute_metrics(sample)) if trainer.compute_metrics else {}
+
+    count = len(output.label_ids)
+    if metric not in measured(np.arange(count)):
         return trainer.loss_standard_error()
     rng = np.random.default_rng(0)
-    rows = len(output.label_ids)
-    values = []
-    for _ in range(RESAMPLES):
-        drawn = rng.integers(rows, size=rows)
-        sample = EvalPrediction(_take(output.predictions, drawn), _take(output.label_ids, drawn))
-        values.append(trainer.compute_metrics(sample)[metric])
+    values = [measured(rng.integers(count, size=count))[metric] for _ in range(RESAMPLES)]
     return float(np.std(values, ddof=1))
 
 

@@ -99,6 +99,8 @@ def search(
         args = search_args(args, method)
         fraction = default_fraction(method) if validation_fraction is None else validation_fraction
         data = two_sets(train_dataset, validation_dataset, fraction, args.seed)
+        if isinstance(method, DyLoRA):
+            _check_metric(args, trainer.get("compute_metrics"))
         modules = gates.find_entries(model, target_modules, r)
         plan = RankPlan(modules, r_max=r, scaling=2.0 if lora_alpha is None else lora_alpha / r)
         lora = {"task_type": task_type or task_type_of(model), "lora_dropout": lora_dropout}
@@ -172,6 +174,14 @@ def _nested_trainer(
     )
 
 
+def _check_metric(args: TrainingArguments, compute_metrics: Any) -> None:
+    metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if metric != "loss" and compute_metrics is None:
+        raise RankwiseError(
+            f"metric_for_best_model is {metric!r}, but there is no compute_metrics to compute it"
+        )
+
+
 def _picked(plan: RankPlan, curve: Curve, provenance: dict[str, Any]) -> RankPlan:
     """The plan of one rank for all that the curve speaks for."""
     ranks = dict.fromkeys(plan.modules, pick(curve))
@@ -198,16 +208,17 @@ def train(
         train_dataset: D_tr and D_val together, where the plan comes from a search.
         args: TrainingArguments. `args.seed` also draws the factors, and DyLoRA's ranks.
         method: None for plain LoRA; "dylora", "dylora-frozen" or `DyLoRA(...)` for an adapter that
-            works at every rank up to the plan's, which has to be the same for all modules. There is
-            no evaluation during such a training: which rank's would it be?
+            works at every rank up to the plan's, which has to be the same for all modules.
+            Evaluations during the training are of the largest rank.
         task_type, lora_dropout: of the LoraConfig; None infers the type from the model's class.
         resume_from_checkpoint: a checkpoint folder, or True for the last complete one in
             `args.output_dir`.
         **trainer: passed on to transformers.Trainer.
 
     Returns:
-        The Trainer, trained. Its `model` is an ordinary PeftModel; with a method it is a
-        `NestedTrainer`, for `rankwise.curve`, and `save_nested` writes the adapter.
+        The Trainer, trained; its `model` is an ordinary PeftModel. With a method it is a
+        `NestedTrainer` for `rankwise.curve`, whose model still has its gates: save it with
+        `save_nested`, for `model.save_pretrained` would write gated names that PEFT does not read.
 
     Raises:
         PlanError: the plan is for another model, or has several ranks where DyLoRA needs one.
@@ -304,11 +315,16 @@ def find_checkpoint(
 
 def _same_configuration(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
     for key in sorted(set(saved) | set(current)):
-        if key != "versions" and saved.get(key) != current.get(key):
-            raise CheckpointError(
-                f"{path} belongs to another search: {key} was {saved.get(key)!r} and is now "
-                f"{current.get(key)!r}; start afresh, or resume with the old settings"
-            )
+        was, now = saved.get(key), current.get(key)
+        if key == "versions" or was == now:
+            continue
+        if isinstance(was, dict) and isinstance(now, dict):  # the first that differs, not all
+            inner = next(k for k in sorted(set(was) | set(now)) if was.get(k) != now.get(k))
+            key, was, now = f"{key}.{inner}", was.get(inner), now.get(inner)
+        raise CheckpointError(
+            f"{path} belongs to another search: {key} was {was!r} and is now {now!r}; start "
+            "afresh, or resume with the old settings"
+        )
 
 
 @dataclass(frozen=True)
@@ -417,7 +433,16 @@ def search_args(args: TrainingArguments, method: Method) -> TrainingArguments:
         raise RankwiseError(
             "torch.compile has no double backward; use finite_difference or no compile"
         )
-    changes: dict[str, Any] = {"eval_strategy": "no", "load_best_model_at_end": False}
+    changes: dict[str, Any] = {}
+    if two_level:
+        changes = {"eval_strategy": "no", "load_best_model_at_end": False}
+    elif args.load_best_model_at_end:
+        raise RankwiseError("load_best_model_at_end knows one rank; leave it out with dylora")
+    elif args.batch_eval_metrics or args.include_for_metrics:
+        raise RankwiseError(
+            "a standard error resamples predictions and labels; leave batch_eval_metrics and "
+            "include_for_metrics out"
+        )
     if args.gradient_checkpointing:
         # reentrant checkpointing refuses autograd.grad
         kwargs = args.gradient_checkpointing_kwargs or {}

@@ -157,6 +157,22 @@ def test_search_picks_by_one_standard_error_and_says_so(base, tmp_path, capsys):
     assert names(tmp_path / "out")[0] == "adapter/README.md"
 
 
+def test_a_budget_gives_a_rank_that_was_trained(base, tmp_path):
+    weights = ["--rank_weights", "0.5", "0", "0", "0.5", "--budget", str(3 * PER_RANK)]
+    main(["search", *base, *weights, "--output_dir", str(tmp_path / "out")])
+    assert set(RankPlan.load(tmp_path / "out" / "plan.json").ranks.values()) == {1}
+    argv = ["truncate", "--adapter", str(tmp_path / "out"), "--budget", str(3 * PER_RANK)]
+    main([*argv, "--output_dir", str(tmp_path / "cut")])
+    assert json.loads((tmp_path / "cut" / "adapter_config.json").read_text())["r"] == 1
+
+
+def test_no_random_control_where_one_plan_has_the_size(base, tmp_path, capsys):
+    flags = ["--pick_rank", "1", "--control", "random"]
+    main(["run", *base, *flags, "--output_dir", str(tmp_path / "out")])
+    assert "control" not in metrics_of(tmp_path / "out")
+    assert "no random control" in capsys.readouterr().err
+
+
 def test_elastic_ranks_stay_within_the_budget(base, tmp_path, capsys):
     budget = 2 * PER_RANK + 70
     flags = ["--elastic", "--budget", str(budget), "--control", "none"]
@@ -224,6 +240,12 @@ def test_demo_takes_dylora(base, tmp_path, monkeypatch):
         (["--pick_rank", "2", "--budget", "600"], ["--pick_rank", "--budget", "give one"]),
         (["--tolerance", "-1"], ["--tolerance is -1"]),
         (["--estimator", "exact"], ["--estimator is for --method autolora"]),
+        (["--gate_learning_rate", "3"], ["--gate_learning_rate is for --method autolora"]),
+        (["--geometric_p", "0.3"], ["--geometric_p is for --rank_distribution geometric"]),
+        (
+            ["--rank_weights", "0", "0", "0", "1", "--budget", str(2 * PER_RANK)],
+            [f"ranks 4 to 4 of these modules take {4 * PER_RANK:,}"],
+        ),
         (["--method", "autolora", "--budget", "600"], ["--budget is for --method dylora"]),
         (["--method", "autolora", "--control", "svd"], ["--control 'svd' is unknown"]),
         (["--r", "99"], ["r is 99"]),
@@ -270,6 +292,9 @@ def test_truncate_overwrites_only_what_it_wrote(finished, tmp_path, capsys):
     refused(capsys, [*argv, str(out)], "is not empty", over)
     main([*argv, str(out), over, "--r", "1"])
     assert json.loads((out / "adapter_config.json").read_text())["r"] == 1
+    run_adapter = str(finished / "adapter")
+    refused(capsys, [*argv, run_adapter, over], "not written by rankwise truncate")
+    refused(capsys, [*argv, str(mine / "notes.txt" / "x")], "cannot make")
     argv = ["truncate", "--adapter", str(mine), "--r", "1", "--output_dir", str(tmp_path / "x")]
     refused(capsys, argv, "no adapter_config.json")
     assert names(mine) == ["notes.txt"]

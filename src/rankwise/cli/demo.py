@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from rankwise.cli import run as run_command
-from rankwise.cli.arguments import parse
+from rankwise.cli.arguments import SearchArguments, parse
 from rankwise.errors import DataError
 from rankwise.files import write_text
 
@@ -32,7 +32,9 @@ TRAIN, VALIDATION, TEST = 1_600, 200, 1_000
 def main(argv: Sequence[str]) -> None:
     """The whole job in five minutes: MiniLM on labelled tweets, no hub, no download."""
     parts = parse("demo", main.__doc__ or "", run_command.TYPES, argv, **DEFAULTS)
-    model, data, output = parts[0], parts[1], parts[-1]
+    model, data, search, output = parts[0], parts[1], parts[3], parts[-1]
+    if search.method.startswith("dylora"):  # it learns no gates
+        search.gate_learning_rate = SearchArguments().gate_learning_rate
     if model.model_name_or_path is None:
         model.model_name_or_path = str(package_folder(MODEL_PACKAGE) / "model")
     if data.task is None and data.data_dir is None and data.train_file is None:

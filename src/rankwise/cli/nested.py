@@ -18,7 +18,7 @@ from rankwise.cli.arguments import LoraArguments, NestedArguments, SearchArgumen
 from rankwise.errors import RankwiseError
 from rankwise.files import write_json
 from rankwise.methods import DyLoRA
-from rankwise.nested import NestedTrainer, curve, pick
+from rankwise.nested import Curve, NestedTrainer, curve, pick
 from rankwise.plan import RankPlan
 from rankwise.report import print_curve, save_curves
 
@@ -29,7 +29,7 @@ def check_nested(
     """Finds what is wrong with the DyLoRA flags before there is an output folder."""
     plan = largest_plan(job, lora)
     training.check_nested(method, plan)
-    trained = [b for b, p in method.probabilities(lora.r).items() if p > 0]
+    trained = _trained(method, lora.r)
     ways = [k for k in ("tolerance", "pick_rank", "budget") if getattr(nested, k) is not None]
     if len(ways) > 1:
         raise RankwiseError(f"--{ways[0]} and --{ways[1]} both choose the rank; give one")
@@ -40,7 +40,11 @@ def check_nested(
     if nested.elastic and nested.budget is None:
         raise RankwiseError("--elastic chooses ranks within a --budget; give one")
     if nested.budget is not None:
-        elastic.uniform_within(plan, nested.budget, method.r_min)
+        elastic.uniform_within(plan, nested.budget, trained)
+
+
+def _trained(method: DyLoRA, r_max: int) -> list[int]:
+    return [b for b, p in method.probabilities(r_max).items() if p > 0]
 
 
 def largest_plan(job: stages.Job, lora: LoraArguments) -> RankPlan:
@@ -129,13 +133,13 @@ def _choose(
     figures: dict[str, Any] = {"curve": found.to_dict()}
     about = trainer.plan.provenance | {"curve": found.to_dict()}
     if nested.elastic and nested.budget is not None:
-        with _progress("loss of each module at each rank", _count(trainer)) as counted:
+        with _progress("loss of each module at each rank", _count(trainer, found)) as counted:
             loss = counted(elastic.validation_loss(trainer, data.validation))
-            choice = elastic.choose(loss, trainer.plan, nested.budget, trainer.method.r_min)
+            choice = elastic.choose(loss, trainer.plan, nested.budget, found.ranks)
         figures |= {"picked_by": "elastic", "elastic": _elastic_figures(choice)}
         return choice.plan.with_ranks(choice.plan.ranks, **about, budget=nested.budget), figures
     if nested.budget is not None:
-        plan = elastic.uniform_within(trainer.plan, nested.budget, trainer.method.r_min)
+        plan = elastic.uniform_within(trainer.plan, nested.budget, found.ranks)
         figures["picked_by"] = "budget"
         return plan.with_ranks(plan.ranks, **about, budget=nested.budget), figures
     b = nested.pick_rank or pick(found, nested.tolerance)
@@ -156,8 +160,8 @@ def _elastic_figures(choice: elastic.Choice) -> dict[str, Any]:
     }
 
 
-def _count(trainer: NestedTrainer) -> int:
-    return len(trainer.plan.modules) * (trainer.r_max - trainer.method.r_min) + 2
+def _count(trainer: NestedTrainer, found: Curve) -> int:
+    return len(trainer.plan.modules) * (len(found.ranks) - 1) + 2
 
 
 @contextmanager
@@ -221,9 +225,12 @@ def report(metrics: dict[str, Any], plan: RankPlan, folder: Path) -> None:
     one = _one_rank(plan)
     what = "ranks by layer" if one is None else f"rank {one}"
     stages.console.print(
-        f"picked {what} ({metrics['picked_by']}); for another: rankwise truncate "
-        f"--adapter {folder / 'nested'} --r {metrics['curve']['ranks'][0]} --output_dir DIR"
+        f"picked {what} ({metrics['picked_by']}); the curve is in curve.png, and every other rank "
+        f"in {folder / 'nested'}:"
     )
+    least = metrics["curve"]["ranks"][0]
+    command = f"rankwise truncate --adapter {folder / 'nested'} --r {least} --output_dir DIR"
+    stages.console.print(f"  {command}", soft_wrap=True)
     if "elastic" in metrics:
         _say_whether_it_pays(metrics["elastic"])
 

@@ -87,6 +87,9 @@ def run(
     plan = RankPlan.load(work / "plan.json")
     plans, results = {}, {}
     for i, name in enumerate(wanted, 1 + count - len(wanted)):
+        if name == "random" and set(plan.ranks.values()) in ({1}, {plan.r_max}):
+            stages.console.print("no random control: there is one plan of this size alone")
+            continue
         if name == "svd":
             plans[name] = dylora.largest_plan(job, lora)
             _stage(i, count, f"training LoRA of rank {lora.r}, truncated by SVD")

@@ -135,7 +135,12 @@ def search_method(search: SearchArguments, nested: NestedArguments) -> Method:
         raise RankwiseError(f"--method is {search.method!r}; there are {', '.join(METHODS)}")
     method = METHODS[search.method]
     if isinstance(method, DyLoRA):
-        _only_defaults(search, ("estimator", "lookahead"), "autolora")
+        _only_defaults(search, ("gate_learning_rate", "estimator", "lookahead"), "autolora")
+        if (
+            nested.rank_distribution != "geometric"
+            and nested.geometric_p != NestedArguments().geometric_p
+        ):
+            raise RankwiseError("--geometric_p is for --rank_distribution geometric; give that too")
         weights = _probabilities(nested.rank_weights) if nested.rank_weights else None
         return replace(
             method,
@@ -179,7 +184,9 @@ def training_arguments(job: Job, folder: Path, **changes: Any) -> TrainingArgume
     """transformers' TrainingArguments of the flags."""
     fit = asdict(job.fit)
     extra = fit.pop("training_arguments") or {}
-    if clash := sorted(set(extra) & {*fit, "output_dir", "save_strategy", "label_names"}):
+    if clash := sorted(
+        set(extra) & {*fit, "output_dir", "save_strategy", "label_names", "eval_strategy"}
+    ):
         raise RankwiseError(f"--training_arguments: {clash[0]} is set elsewhere; leave it out")
     if secret := [key for key in extra if key.endswith("token")]:
         raise RankwiseError(f"--training_arguments: {secret[0]} would be written to metrics.json")

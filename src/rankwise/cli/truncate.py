@@ -27,7 +27,10 @@ def main(argv: Sequence[str]) -> None:
     target = Path(required(output.output_dir, "output_dir", "truncate"))
     ways = [name for name in ("r", "energy", "budget", "plan") if getattr(cut, name) is not None]
     if len(ways) != 1:
-        raise AdapterError(f"give one of --r, --energy, --budget and --plan; got {ways or 'none'}")
+        raise AdapterError(
+            "give one of --r, --energy, --budget and --plan; got "
+            + (" and ".join(f"--{way}" for way in ways) or "none")
+        )
     _check_target(target, source, output)
     adapter = Adapter.load(source)
     smaller = _cut(adapter, cut)
@@ -54,7 +57,7 @@ def _folder(path: Path) -> Path:
 
 def _check_target(target: Path, source: Path, output: OutputArguments) -> None:
     if output.resume_from_checkpoint:
-        raise OutputError("truncate takes a second; there is nothing to resume")
+        raise OutputError("truncate takes seconds; there is nothing to resume")
     if target.resolve() == source.resolve() or target.resolve() in source.resolve().parents:
         raise OutputError(f"--output_dir {target} holds the adapter itself; give another")
     filled = target.is_file() or (target.is_dir() and any(target.iterdir()))
@@ -62,7 +65,8 @@ def _check_target(target: Path, source: Path, output: OutputArguments) -> None:
         raise OutputError(
             f"{target} is not empty; give another --output_dir, or --overwrite_output_dir"
         )
-    if filled and not (target / "truncation.json").is_file():
+    of_a_run = (target.parent / "metrics.json").is_file()
+    if filled and (of_a_run or not (target / "truncation.json").is_file()):
         raise OutputError(f"{target} was not written by rankwise truncate; give another")
 
 
@@ -79,7 +83,7 @@ def _cut(adapter: Adapter, cut: CutArguments) -> Adapter:
             "--r or --budget, or --svd to cut it by SVD all the same"
         )
     if cut.budget is not None:
-        return adapter.truncate(uniform_within(adapter.plan, cut.budget, adapter.trained_ranks[0]))
+        return adapter.truncate(uniform_within(adapter.plan, cut.budget, adapter.trained_ranks))
     if cut.plan is not None:
         return adapter.truncate(RankPlan.load(cut.plan))
     return adapter.truncate(cut.r or 0)

@@ -50,6 +50,8 @@ class DyLoRA:
             raise RankwiseError(
                 f"distribution is {self.distribution!r}; take uniform or geometric, or weights"
             )
+        if self.weights is not None and self.distribution != "uniform":
+            raise RankwiseError("weights are a distribution of their own; leave the other out")
         if not 0 < self.p < 1:
             raise RankwiseError(f"p is {self.p}; it has to lie between 0 and 1")
         if self.weights is not None and not all(0 <= w <= 1 for w in self.weights):
