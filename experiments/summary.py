@@ -1,6 +1,7 @@
-"""Sums up experiments/results/autolora: the README's tables, and whether seeds agree on ranks.
+"""Sums up experiments/results/autolora: README.md's tables, and whether seeds agree on ranks.
 
 python experiments/summary.py            writes results/autolora-summary.json, README.md, ranks.png
+                                         (README.md's table of costs is benchmarks/results')
 python experiments/summary.py --check    exits with 1 where README.md is out of date
 """
 
@@ -20,6 +21,18 @@ from rankwise.report import save_heatmap
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
+COST = HERE.parent / "benchmarks" / "results" / "step_cost.json"
+STEPS = {
+    "lora": "plain PEFT LoRA",
+    "adalora": "PEFT AdaLoRA",
+    "gated": "LoRA with a gate",
+    "finite_difference": "AutoLoRA, `finite_difference` (default)",
+    "finite_difference_two_sided": "AutoLoRA, two-sided",
+    "exact": "AutoLoRA, `exact`",
+    "first_order": "AutoLoRA, `first_order`",
+    "dylora": "DyLoRA",
+    "dylora_frozen": "DyLoRA, frozen",
+}
 METRIC = {
     "accuracy": "accuracy",
     "pearson": "Pearson",
@@ -41,6 +54,7 @@ def main() -> None:
     text = README.read_text(encoding="utf-8")
     new = replace_block(text, "results", results_table(summary))
     new = replace_block(new, "agreement", agreement_table(summary))
+    new = replace_block(new, "cost", cost_table(json.loads(COST.read_text())))
     if check:
         raise SystemExit(
             0 if new == text else "README.md is out of date: run experiments/summary.py"
@@ -155,6 +169,17 @@ def agreement_table(summary: dict[str, Any]) -> str:
             f"| {mean['mean']:.2f} ± {mean['sd']:.2f} "
             f"| {found['agreement']['mean_correlation']:+.2f} | {found['agreement']['p']:.2f} |"
         )
+    return "\n".join(lines)
+
+
+def cost_table(found: dict[str, Any]) -> str:
+    """What a step costs, as ratios to plain LoRA's in the same run."""
+    lines = ["| step | time | peak memory | all ranks |", "| --- | ---: | ---: | ---: |"]
+    for key, name in STEPS.items():
+        ratios = found["ratios_to_lora"][key]
+        time = f"{ratios['time']:.2f} ({ratios['time_q1']:.2f} to {ratios['time_q3']:.2f})"
+        every = f"{ratios['all_ranks']:.3f}" if "all_ranks" in ratios else ""
+        lines.append(f"| {name} | {time} | {ratios['peak']:.2f} | {every} |")
     return "\n".join(lines)
 
 

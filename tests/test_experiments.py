@@ -54,6 +54,7 @@ def test_readme_holds_the_tables_of_the_result_files():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert summary.results_table(found) in text
     assert summary.agreement_table(found) in text
+    assert summary.cost_table(json.loads(summary.COST.read_text())) in text
     saved = json.loads((ROOT / "experiments/results/autolora-summary.json").read_text())
     assert json.loads(json.dumps(found)) == saved
 
