@@ -41,19 +41,20 @@ ARMS = ("dylora", "dylora-frozen", *(f"lora-{b}" for b in range(R, 0, -1)))
 
 @dataclass(frozen=True)
 class Recipe:
-    """What differs between tasks: rows, epochs, rate."""
+    """What differs between tasks: rows, epochs, rate, batch."""
 
     task: str
     learning_rate: float = 1e-3
     epochs: float = 1.0
+    batch_size: int = 16
     first_rows: int | None = None
 
 
 GRID = {
-    "rte": Recipe("glue/rte", epochs=2),
+    "rte": Recipe("glue/rte"),
     "mrpc": Recipe("glue/mrpc", epochs=2),
     "cola": Recipe("glue/cola"),
-    "stsb": Recipe("glue/stsb"),
+    "stsb": Recipe("glue/stsb", batch_size=8),
     "sst2": Recipe("glue/sst2", first_rows=8000),
 }
 
@@ -120,7 +121,7 @@ def load(recipe: Recipe, name: str, seed: int, args: argparse.Namespace) -> Job:
         output_dir=tempfile.gettempdir(),
         learning_rate=recipe.learning_rate,
         num_train_epochs=recipe.epochs,
-        per_device_train_batch_size=8,
+        per_device_train_batch_size=recipe.batch_size,
         per_device_eval_batch_size=64,
         train_sampling_strategy="group_by_length",
         warmup_steps=0.06,

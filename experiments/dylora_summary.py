@@ -117,7 +117,7 @@ def tables(summary: dict[str, Any]) -> str:
     mean = summary["mean"]
     names = list(ARMS)
     lines = [
-        f"Mean over {', '.join(mean['tasks'])}; points, mean ± sd over {mean['seeds']} seeds:",
+        f"Mean over {', '.join(mean['tasks'])}; points, mean ± sd over seeds ({mean['seeds']}):",
         "",
         "| rank | " + " | ".join(names) + " | DyLoRA − LoRA | frozen − LoRA | SVD − LoRA |",
         "| ---: |" + " ---: |" * 7,
@@ -149,7 +149,7 @@ def tables(summary: dict[str, Any]) -> str:
 def draw(summary: dict[str, Any], path: Path) -> None:
     """One panel per task: four curves over ranks, a band of one sd over seeds."""
     tasks = summary["tasks"]
-    figure = Figure(figsize=(3.3 * len(tasks), 3.4), layout="constrained")
+    figure = Figure(figsize=(max(7.5, 3.3 * len(tasks)), 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
     for axes, (task, found) in zip(panels, tasks.items(), strict=True):
@@ -159,7 +159,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
             means = [100 * value["mean"] for value in values]
             series[name] = ([int(b) for b in RANKS], means, [100 * v["sd"] for v in values])
         draw_curves(axes, series)
-        axes.set_title(f"{task} ({len(found['seeds'])} seeds)", fontsize=10)
+        axes.set_title(f"{task}, seeds: {len(found['seeds'])}", fontsize=10)
         axes.set_ylabel(f"{METRIC[found['metric']]}, points")
         axes.set_xlabel("rank")
     handles, labels = panels[0].get_legend_handles_labels()
