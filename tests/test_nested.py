@@ -561,6 +561,11 @@ def test_ranks_and_metrics_that_are_not_there(of, tmp_path):
         pick(found, -1)
     with pytest.raises(PlanError, match="ranks 1 to 4; 5 is none of them"):
         trainer.set_ranks(5)
+    with pytest.raises(PlanError, match="ranks 1 to 4; None is none of them"):
+        trainer.set_ranks({})
+    plain = train(of.model(), plan_of(of.model()), rows(of), args=arguments(tmp_path, max_steps=1))
+    with pytest.raises(RankwiseError, match="FiniteTrainer trained one rank"):
+        curve(plain, rows(of))
 
 
 @pytest.mark.parametrize(

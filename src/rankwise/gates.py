@@ -117,7 +117,8 @@ class NestedGate(Gate):
         """Keeps the first `ranks[name]` pieces of each entry of this layer."""
         parts = []
         for name, size in zip(self.names, self.sizes, strict=True):
-            if not 1 <= (b := ranks[name]) <= size:
+            b = ranks.get(name)
+            if b is None or not 1 <= b <= size:
                 raise PlanError(f"{name!r} has ranks 1 to {size}; {b} is none of them")
             parts.append(torch.cat([torch.full((b,), size / b), torch.zeros(size - b)]))
         self.g.copy_(torch.cat(parts))
@@ -290,7 +291,7 @@ def set_ranks(gates: Mapping[str, NestedGate], ranks: int | Mapping[str, int]) -
     """Makes nested gates keep the first b pieces: one b for all, or one per plan entry.
 
     Raises:
-        PlanError: a rank below 1 or above what the entry has.
+        PlanError: a rank below 1 or above what the entry has, or an entry without one.
     """
     for gate in gates.values():
         gate.set_ranks(dict.fromkeys(gate.names, ranks) if isinstance(ranks, int) else ranks)

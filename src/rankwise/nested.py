@@ -269,6 +269,10 @@ def curve(
         >>> curve(trainer, validation, metric="accuracy").values
         (0.71, 0.74, 0.75, 0.75)
     """
+    if not isinstance(trainer, NestedTrainer):
+        raise RankwiseError(
+            f"{type(trainer).__name__} trained one rank; a curve needs train(..., method='dylora')"
+        )
     trained = [b for b, p in trainer.method.probabilities(trainer.r_max).items() if p > 0]
     wanted = trained if ranks is None else sorted(set(ranks))
     if not wanted or len(dataset) == 0:

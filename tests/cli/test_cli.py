@@ -579,7 +579,7 @@ def test_version(capsys):
 
 @pytest.mark.parametrize("argv", [["serach"], ["--model", "x"], [""]])
 def test_unknown_command(argv, capsys):
-    refused(capsys, argv, repr(argv[0]), "search, train, run, evaluate, demo")
+    refused(capsys, argv, repr(argv[0]), "search, train, run, truncate, evaluate, demo")
 
 
 def parsed(path: Path, config: object, *flags: str) -> dict:
@@ -676,13 +676,13 @@ def test_a_config_file_of_a_whole_run(tiny_bert, rows_dir, tmp_path):
     }
     text = yaml.safe_dump(config) + "learning_rate: 3e-3\nmax_steps: 9\n"
     (tmp_path / "c.yaml").write_text(text)
-    main(["run", "--config", str(tmp_path / "c.yaml"), "--max_steps", "1", "--r", "2"])
+    main(["run", "--config", str(tmp_path / "c.yaml"), "--max_steps", "1", "--r", "4"])
     found = metrics_of(tmp_path / "out")
     assert found["training"]["learning_rate"] == 3e-3
     assert found["steps"] == 1
     assert found["control"]["name"].startswith("random")
     ranks = RankPlan.load(tmp_path / "out" / "plan.json").ranks
-    assert all(name.endswith(".key") and 1 <= r <= 2 for name, r in ranks.items())
+    assert all(name.endswith(".key") and 1 <= r <= 4 for name, r in ranks.items())
 
 
 def test_a_required_value_names_flag_and_command():
