@@ -86,11 +86,13 @@ def spreads(scores: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
 
 def mean_over_tasks(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Scores averaged over tasks first, so that the sd is that of the mean over seeds."""
-    seeds = min(len(of) for of in runs.values())
+    by_seed = {task: {run["training"]["seed"]: run for run in of} for task, of in runs.items()}
+    seeds = sorted(set.intersection(*(set(of) for of in by_seed.values())))
     scores = {
         arm: {
             b: [
-                statistics.fmean(score(of[i], arm, b) for of in runs.values()) for i in range(seeds)
+                statistics.fmean(score(of[seed], arm, b) for of in by_seed.values())
+                for seed in seeds
             ]
             for b in RANKS
         }
@@ -115,9 +117,9 @@ def elastic(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def tables(summary: dict[str, Any]) -> str:
     mean = summary["mean"]
-    names = list(ARMS)
+    names, seeds = list(ARMS), ", ".join(map(str, mean["seeds"]))
     lines = [
-        f"Mean over {', '.join(mean['tasks'])}; points, mean ± sd over seeds ({mean['seeds']}):",
+        f"Mean over {', '.join(mean['tasks'])}; points, mean ± sd over seeds {seeds}:",
         "",
         "| rank | " + " | ".join(names) + " | DyLoRA − LoRA | frozen − LoRA | SVD − LoRA |",
         "| ---: |" + " ---: |" * 7,

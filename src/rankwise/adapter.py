@@ -245,10 +245,9 @@ class Adapter:
         try:
             if settings.get("weights") is not None:
                 settings["weights"] = tuple(settings["weights"])
-            probabilities = DyLoRA(**settings).probabilities(self.plan.r_max)
+            return DyLoRA(**settings).trained(self.plan.r_max)
         except (TypeError, RankwiseError) as error:
             raise PlanError(f"the method in {NESTED} is not DyLoRA's: {error}") from error
-        return [b for b, p in probabilities.items() if p > 0]
 
     def truncate(self, ranks: int | RankPlan) -> "Adapter":
         """The nested adapter cut to its first b pieces: one b for all, or a plan's ranks.

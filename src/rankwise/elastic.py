@@ -116,7 +116,7 @@ def validation_loss(trainer: NestedTrainer, dataset: Any) -> Loss:
     def loss(ranks: Mapping[str, int]) -> float:
         trainer.set_ranks(ranks)
         try:
-            metrics = trainer.predict(dataset, metric_key_prefix="eval").metrics
+            metrics = trainer.measure(dataset, loss_only=True).metrics or {}
         finally:
             trainer.set_ranks(trainer.r_max)
         return float(metrics["eval_loss"])

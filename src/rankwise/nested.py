@@ -74,10 +74,10 @@ class NestedTrainer(GatedTrainer):
         gated = gates.attach_nested(model, plan)
         super().__init__(model, args, gated=gated, configuration=configuration, **trainer)
         self.nested_gates, self.method, self.r_max = gated, method, plan.r_max
-        about = {"name": "dylora", **asdict(method)}
-        self.plan = plan.with_ranks(plan.ranks, method=about, seed=args.seed)
+        self.plan = plan.with_ranks(plan.ranks, method=method.describe(), seed=args.seed)
         self._factors = gates.factors(model)
         self._batch_losses: list[Tensor] = []
+        self._confined = False
 
     def set_ranks(self, ranks: int | Mapping[str, int]) -> None:
         """Makes the model an adapter of rank b: one b for all, or one per plan entry."""
@@ -85,8 +85,9 @@ class NestedTrainer(GatedTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
-        if self.method.frozen:
+        if self.method.frozen and not self._confined:  # a second train() keeps the optimizer
             move_only(optimizer, self._moving)
+            self._confined = True
         return optimizer
 
     def training_step(
@@ -139,9 +140,18 @@ class NestedTrainer(GatedTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().train(*args, **kwargs)
+            found = super().train(*args, **kwargs)
         finally:
             self.set_ranks(self.r_max)
+        self.stop_unless_finite_parameters()
+        return found
+
+    def measure(self, dataset: Any, loss_only: bool = False) -> EvalLoopOutput:
+        """Evaluates the model as it stands; without predictions where the loss is all there is."""
+        loader = self.get_test_dataloader(dataset)
+        return self.evaluation_loop(
+            loader, "Evaluation", prediction_loss_only=loss_only, metric_key_prefix="eval"
+        )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's name for `save_nested`; Trainer itself calls it for checkpoints."""
@@ -175,40 +185,25 @@ def move_only(
     """Confines an optimizer's steps to some indices of some parameters, whatever the optimizer.
 
     A gradient of zero does not keep AdamW still (momentum, weight decay), so what is not to move is
-    put back after each step, bit for bit, and with it the optimizer's state of the same shape.
+    put back after each step, bit for bit. The optimizer's state goes on as under that gradient.
 
     Args:
         optimizer: its step gets hooks.
         moving: called before each step: (parameter, axis, indices on that axis that may move).
     """
-    before: list[tuple[Tensor, int, Tensor, Tensor, dict[str, Tensor]]] = []
+    before: list[tuple[Tensor, int, Tensor, Tensor]] = []
 
     def remember(*_: Any) -> None:
-        before.clear()
-        for parameter, axis, pieces in moving():
-            state = {k: v.clone() for k, v in _elementwise(optimizer, parameter).items()}
-            before.append((parameter, axis, pieces, parameter.detach().clone(), state))
+        before[:] = [(p, axis, pieces, p.detach().clone()) for p, axis, pieces in moving()]
 
     @torch.no_grad()
     def put_back(*_: Any) -> None:
-        for parameter, axis, pieces, value, state in before:
-            _restore(parameter, value, axis, pieces)
-            for key, tensor in _elementwise(optimizer, parameter).items():
-                _restore(tensor, state.get(key, torch.zeros_like(tensor)), axis, pieces)
+        for parameter, axis, pieces, value in before:
+            moved = parameter.index_select(axis, pieces)
+            parameter.copy_(value.index_copy(axis, pieces, moved))
 
     optimizer.register_step_pre_hook(remember)
     optimizer.register_step_post_hook(put_back)
-
-
-def _elementwise(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """The optimizer's state that has a value for every element of the parameter."""
-    state = optimizer.state.get(parameter, {})
-    return {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == parameter.shape}
-
-
-def _restore(tensor: Tensor, before: Tensor, axis: int, moved: Tensor) -> None:
-    """Sets `tensor` to `before` everywhere but at the indices that moved."""
-    tensor.copy_(before.index_copy(axis, moved, tensor.index_select(axis, moved)))
 
 
 @dataclass(frozen=True)
@@ -273,7 +268,7 @@ def curve(
         raise RankwiseError(
             f"{type(trainer).__name__} trained one rank; a curve needs train(..., method='dylora')"
         )
-    trained = [b for b, p in trainer.method.probabilities(trainer.r_max).items() if p > 0]
+    trained = trainer.method.trained(trainer.r_max)
     wanted = trained if ranks is None else sorted(set(ranks))
     if not wanted or len(dataset) == 0:
         raise RankwiseError("there are no ranks, or no rows, to measure; give some of both")
@@ -289,13 +284,14 @@ def curve(
     try:
         for b in wanted:
             trainer.set_ranks(b)
-            output = trainer.predict(dataset, metric_key_prefix="eval")
-            values = _plain(output.metrics)
+            output = trainer.measure(dataset, loss_only=trainer.compute_metrics is None)
+            values = _plain(output.metrics or {})
             if metric not in values:
                 there = ", ".join(sorted(values)) or "nothing; do the rows have labels?"
                 raise RankwiseError(f"metric is {metric!r}, but compute_metrics gives {there}")
-            if not np.isfinite(values[metric]):
-                raise DivergedError(f"{metric} is {values[metric]} at rank {b} after training")
+            for name in {metric, "loss"} & set(values):
+                if not np.isfinite(values[name]):
+                    raise DivergedError(f"{name} is {values[name]} at rank {b} after training")
             found.append(values)
             errors.append(_standard_error(trainer, metric, output))
     finally:
@@ -312,19 +308,23 @@ def _plain(metrics: Mapping[str, float]) -> dict[str, float]:
     return {plain: float(metrics[n]) for n, plain in names.items() if plain not in timing}
 
 
-def _standard_error(trainer: NestedTrainer, metric: str, output: Any) -> float:
+def _standard_error(trainer: NestedTrainer, metric: str, output: EvalLoopOutput) -> float:
     """Standard deviation of a metric over bootstrap resamples of the evaluated rows, seeded."""
+    compute, labels = trainer.compute_metrics, output.label_ids
+    if compute is None or labels is None:
+        return trainer.loss_standard_error()
 
-    def measured(rows: np.ndarray) -> dict[str, float]:
-        sample = EvalPrediction(_take(output.predictions, rows), _take(output.label_ids, rows))
-        return _plain(trainer.compute_metrics(sample)) if trainer.compute_metrics else {}
+    def measured(rows: np.ndarray) -> float:
+        sample = EvalPrediction(_take(output.predictions, rows), _take(labels, rows))
+        return _plain(compute(sample)).get(metric, float("nan"))
 
-    count = len(output.label_ids)
-    if metric not in measured(np.arange(count)):
+    count = len(labels[0] if isinstance(labels, tuple) else labels)
+    if not np.isfinite(measured(np.arange(count))):
         return trainer.loss_standard_error()
     rng = np.random.default_rng(0)
-    values = [measured(rng.integers(count, size=count))[metric] for _ in range(RESAMPLES)]
-    return float(np.std(values, ddof=1))
+    values = [measured(rng.integers(count, size=count)) for _ in range(RESAMPLES)]
+    finite = [value for value in values if np.isfinite(value)]  # a resample may lack a class
+    return float(np.std(finite, ddof=1)) if len(finite) > 1 else 0.0
 
 
 def _take(arrays: Any, rows: np.ndarray) -> Any:

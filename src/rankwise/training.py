@@ -237,7 +237,8 @@ def train(
         check_nested(nested, plan)
         args = search_args(args, nested)
         configuration = {"method": asdict(nested), "ranks": plan.ranks, "scaling": plan.scaling}
-        configuration |= {"lora": lora} | _decisive(args)
+        configuration |= {"lora": lora, "train_sha256": fingerprint(train_dataset)}
+        configuration |= {"world_size": args.world_size} | _decisive(args)
         checkpoint = find_checkpoint(args.output_dir, resume_from_checkpoint, configuration)
         set_seed(args.seed)
         peft_model = gates.build(model, plan, **lora)
@@ -477,7 +478,7 @@ def _provenance(
     """What the plan says of where it comes from, as JSON."""
     config = getattr(model, "config", None)
     return {
-        "method": asdict(method),
+        "method": method.describe() if isinstance(method, DyLoRA) else asdict(method),
         "k": plan.r_max,
         "scaling": plan.scaling,
         "modules": len(plan.modules),

@@ -206,13 +206,13 @@ def test_a_run_killed_and_resumed_equals_one_never_stopped(
     assert metrics_of(out)["curve"] == metrics_of(finished)["curve"]
 
 
-@pytest.mark.parametrize("name", ["save_nested", "predict"])
+@pytest.mark.parametrize("name", ["save_nested", "measure"])
 def test_a_run_killed_while_it_measures_or_saves_goes_on(
     finished, base, tmp_path, monkeypatch, name
 ):
     out = tmp_path / "out"
     argv = ["run", *base, "--pick_rank", "3", "--control", "none", "--output_dir", str(out)]
-    killed(argv, monkeypatch, NestedTrainer, name, 2 if name == "predict" else 1)
+    killed(argv, monkeypatch, NestedTrainer, name, 2 if name == "measure" else 1)
     main([*argv, "--resume_from_checkpoint"])
     assert metrics_of(out)["curve"] == metrics_of(finished)["curve"]
 

@@ -29,7 +29,7 @@ def check_nested(
     """Finds what is wrong with the DyLoRA flags before there is an output folder."""
     plan = largest_plan(job, lora)
     training.check_nested(method, plan)
-    trained = _trained(method, lora.r)
+    trained = method.trained(lora.r)
     ways = [k for k in ("tolerance", "pick_rank", "budget") if getattr(nested, k) is not None]
     if len(ways) > 1:
         raise RankwiseError(f"--{ways[0]} and --{ways[1]} both choose the rank; give one")
@@ -41,10 +41,6 @@ def check_nested(
         raise RankwiseError("--elastic chooses ranks within a --budget; give one")
     if nested.budget is not None:
         elastic.uniform_within(plan, nested.budget, trained)
-
-
-def _trained(method: DyLoRA, r_max: int) -> list[int]:
-    return [b for b, p in method.probabilities(r_max).items() if p > 0]
 
 
 def largest_plan(job: stages.Job, lora: LoraArguments) -> RankPlan:
@@ -75,7 +71,7 @@ def nested_stage(
     if figures.exists():
         return json.loads(figures.read_text())
     folder = work / "search"
-    args = stages.search_arguments(job, search, folder)
+    args = stages.training_arguments(job, folder)
     data = stages.split_rows(job, search, method)
     with stages.measured(args.device) as measured:
         trainer = training.train(
@@ -91,14 +87,15 @@ def nested_stage(
             **stages.evaluation(job),
         )
     assert isinstance(trainer, NestedTrainer)
+    stages.name_base(job, trainer.model)
+    trainer.save_nested(work / "nested")
+    stages.describe_adapter(job, work / "nested")
     started = time.perf_counter()
     plan, found = _choose(job, nested, trainer, data)
     seconds = round(time.perf_counter() - started, 3)
     plan.save(work / "plan.json")
     trainer.set_ranks(plan.ranks)
     scores = stages.evaluate(job, trainer)
-    trainer.save_nested(work / "nested")
-    stages.describe_adapter(job, work / "nested")
     adapter = work / "arms" / "plan" / "adapter"
     shutil.rmtree(adapter, ignore_errors=True)
     Adapter.load(work / "nested").truncate(plan).save(adapter)
@@ -190,20 +187,25 @@ def svd_stage(
     rows: Dataset | None,
 ) -> dict[str, Any]:
     """The control that DyLoRA has to beat: LoRA of rank r, truncated to the picked size."""
-    figures = stages.train_stage(job, largest, work, "svd", resume, lora.lora_dropout, rows)
     folder = work / "arms" / "svd"
+    done = folder / "cut.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    figures = stages.train_stage(job, largest, work, "svd", resume, lora.lora_dropout, rows)
     budget = Adapter.load(work / "arms" / "plan" / "adapter").parameters
     adapter = Adapter.load(folder / "adapter").truncate_svd(budget=budget)
     shutil.rmtree(folder / "cut", ignore_errors=True)
     adapter.save(folder / "cut")
     head = figures["trainable_parameters"] - figures["lora_parameters"]
     ranks = [factors.r for factors in adapter.factors().values()]
-    return figures | {
+    figures |= {
         "eval": stages.evaluate_adapter(job, folder / "cut"),
         "lora_parameters": adapter.parameters,
         "trainable_parameters": adapter.parameters + head,
         "mean_rank": round(sum(ranks) / len(ranks), 4),
     }
+    write_json(done, figures)
+    return figures
 
 
 def plot(metrics: dict[str, Any], plan: RankPlan, path: Path) -> None:

@@ -105,7 +105,7 @@ def run(
         key = "control" if "control" not in metrics else f"{name}_control"
         metrics[key] = {"name": _label(name, plans[name]), "search_seconds": 0.0, **figures}
     arms = {search.method: metrics} | {_label(n, plans[n]): f for n, f in results.items()}
-    said = verdict(arms, job.task)
+    said = verdict(arms, job.task, trained_at_once=isinstance(method, DyLoRA))
     stages.write_results(job, work, plan, metrics | {"verdict": said}, arms)
     if isinstance(method, DyLoRA):
         dylora.plot(metrics, plan, work / "curve.png")

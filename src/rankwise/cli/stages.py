@@ -135,7 +135,8 @@ def search_method(search: SearchArguments, nested: NestedArguments) -> Method:
         raise RankwiseError(f"--method is {search.method!r}; there are {', '.join(METHODS)}")
     method = METHODS[search.method]
     if isinstance(method, DyLoRA):
-        _only_defaults(search, ("gate_learning_rate", "estimator", "lookahead"), "autolora")
+        others = set(vars(search)) - {"method", "validation_fraction"}
+        _only_defaults(search, tuple(sorted(others)), "autolora")
         if (
             nested.rank_distribution != "geometric"
             and nested.geometric_p != NestedArguments().geometric_p
@@ -373,11 +374,16 @@ def evaluation(job: Job) -> dict[str, Any]:
 def save_adapter(job: Job, model: PeftModel, folder: Path) -> None:
     """A stock PEFT adapter, with the task's description beside it for `rankwise evaluate`."""
     shutil.rmtree(folder, ignore_errors=True)
+    name_base(job, model)
+    model.save_pretrained(str(folder))
+    describe_adapter(job, folder)
+
+
+def name_base(job: Job, model: PeftModel) -> None:
+    """Makes an adapter's config say which base model, of which revision, it belongs to."""
     for config in model.peft_config.values():
         config.base_model_name_or_path = job.model.model_name_or_path
         config.revision = job.model.model_revision
-    model.save_pretrained(str(folder))
-    describe_adapter(job, folder)
 
 
 def describe_adapter(job: Job, folder: Path) -> None:

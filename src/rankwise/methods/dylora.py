@@ -4,8 +4,8 @@ Each optimizer step draws a rank b and trains the first b rank-1 pieces of every
 h = W0 x + (α/b) B[:, :b] A[:b, :] x (the paper's algorithm 1). The loop is in `rankwise.nested`.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,8 +25,7 @@ class DyLoRA:
         weights: one probability per rank from r_min to r_max, instead of a distribution.
         frozen: only the b-th column of B and the b-th row of A move in a step (the paper's
             "frozen" mode, the cheaper update); every other one is unchanged bit for bit, weight
-            decay and momentum included, and so is its share of the optimizer's state. The task
-            head moves in every step.
+            decay and momentum included. The task head moves in every step.
 
     Raises:
         RankwiseError: a value out of range.
@@ -84,6 +83,14 @@ class DyLoRA:
         geometric = {b: self.p * (1 - self.p) ** (b - 1) for b in ranks}
         total = sum(geometric.values())
         return {b: weight / total for b, weight in geometric.items()}
+
+    def trained(self, r_max: int) -> list[int]:
+        """The ranks that are ever drawn, in ascending order."""
+        return [b for b, p in self.probabilities(r_max).items() if p > 0]
+
+    def describe(self) -> dict[str, Any]:
+        """The settings as JSON holds them in a plan's provenance."""
+        return {"name": "dylora", **asdict(self)}
 
     def draw(self, r_max: int, seed: int, step: int) -> int:
         """b of one optimizer step: a function of seed and step, and of nothing else.

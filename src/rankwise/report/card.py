@@ -62,7 +62,10 @@ def _choice(plan: RankPlan) -> str:
     ranks = set(plan.ranks.values())
     size = f"({plan.parameters:,} LoRA parameters)"
     if len(ranks) == 1:
-        return f"Every adapted module has rank {ranks.pop()} {size}."
+        method = plan.provenance.get("method")
+        cut = isinstance(method, dict) and method.get("name") == "dylora"
+        how = f", cut from a DyLoRA training of ranks up to {plan.r_max}" if cut else ""
+        return f"Every adapted module has rank {ranks.pop()}{how} {size}."
     return f"Its ranks differ by layer {size}; they come from {_method(plan)}."
 
 
@@ -71,7 +74,7 @@ def _method(plan: RankPlan) -> str:
     if not isinstance(method, dict):
         return f"a {method} plan" if method else "a plan made by hand"
     if method.get("name") == "dylora":
-        return "DyLoRA, one training run for every rank"
+        return "a DyLoRA training of all ranks, chosen within a budget"
     learned = AutoLoRA(**method)
     gates = [(e.r, e.gate) for e in plan.modules.values() if e.gate is not None]
     edited = any(r != len(learned.kept(list(gate))) for r, gate in gates)

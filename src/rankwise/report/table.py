@@ -88,27 +88,33 @@ def print_cuts(cuts: dict[str, Any], console: Console | None = None) -> None:
     (console or Console()).print(table)
 
 
-def verdict(arms: dict[str, dict[str, Any]], task: Task) -> str:
+def verdict(arms: dict[str, dict[str, Any]], task: Task, trained_at_once: bool = False) -> str:
     """Whether choosing ranks helped, in a sentence that does not flatter.
 
     Args:
         arms: the searched plan's figures first, then the controls'.
         task: says which metric, and in which direction it counts.
+        trained_at_once: the first arm is DyLoRA's: what differs is the training, not the ranks.
     """
     (_, ours), *controls = arms.items()
     metric = task.main_metric
     if not controls:
-        return "No control was trained: nothing here says whether choosing ranks helped."
+        what = (
+            "how DyLoRA compares with LoRA" if trained_at_once else "whether choosing ranks helped"
+        )
+        return f"No control was trained: nothing here says {what}."
     sign = 1 if task.greater_is_better else -1
     lines = []
     for name, figures in controls:
         gain = sign * (ours["eval"][metric] - figures["eval"][metric])
         if gain != gain:
-            lines.append(f"{name}: {metric} is not a number, which says nothing about ranks.")
+            lines.append(f"{name}: {metric} is not a number, which says nothing.")
         elif gain <= 0:
             how = "as well" if gain == 0 else f"better by {-gain:.4f}"
-            lines.append(f"{name} did {how} in {metric}: choosing ranks did not help here.")
+            what = "one training for all ranks" if trained_at_once else "choosing ranks"
+            lines.append(f"{name} did {how} in {metric}: {what} did not help here.")
         else:
-            lines.append(f"The searched ranks beat {name} by {gain:.4f} in {metric}.")
+            ours_name = "DyLoRA" if trained_at_once else "The searched ranks"
+            lines.append(f"{ours_name} beat {name} by {gain:.4f} in {metric}.")
     spread = "One seed is one draw: repeat with other --seed values before believing a difference."
     return "\n".join([*lines, spread])
