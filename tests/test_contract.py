@@ -50,10 +50,8 @@ def searched(of: Family, method_name: str, folder: Path):
     if isinstance(method, DyLoRA):
         trainer = NestedTrainer(peft_model, args, plan=plan, method=method, **common)
         trainer.train()
-        gates.set_ranks(
-            trainer.nested_gates, {name: 1 + i % K for i, name in enumerate(plan.modules)}
-        )
-        return peft_model.eval(), plan, trainer.nested_gates, method
+        gates.set_ranks(trainer.gated, {name: 1 + i % K for i, name in enumerate(plan.modules)})
+        return peft_model.eval(), plan, trainer.gated, method
     gated = gates.attach(peft_model, plan, method.activation, method.initial(K))
     val = rows(of, seed=2)
     SearchTrainer(

@@ -10,7 +10,6 @@ import json
 import math
 import re
 import shutil
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import index
@@ -25,7 +24,7 @@ from torch import Tensor
 from rankwise.errors import AdapterError, OutputError, PlanError, RankwiseError
 from rankwise.files import replace_folder, write_json
 from rankwise.methods import DyLoRA
-from rankwise.plan import RankPlan
+from rankwise.plan import RankPlan, patterns, tidy
 
 WEIGHTS, CONFIG, NESTED = "adapter_model.safetensors", "adapter_config.json", "nested_plan.json"
 
@@ -341,17 +340,10 @@ class Adapter:
             config |= {"init_lora_weights": True, "eva_config": None}
         rooted = bool(config.get("use_rslora"))
         said = {
-            name: (f.r, _tidy(f.scaling * (f.r**0.5 if rooted else f.r)))
+            name: (f.r, tidy(f.scaling * (f.r**0.5 if rooted else f.r)))
             for name, f in factors.items()
         }
-        (config["r"], config["lora_alpha"]), _ = Counter(said.values()).most_common(1)[0]
-        others = {
-            f"^{re.escape(n)}": pair
-            for n, pair in said.items()
-            if pair != (config["r"], config["lora_alpha"])
-        }
-        config["rank_pattern"] = {key: r for key, (r, _) in others.items()}
-        config["alpha_pattern"] = {key: alpha for key, (_, alpha) in others.items()}
+        config |= patterns(said)
         weights = dict(self.weights)
         for key in self.weights:
             if match := _FACTOR.match(key):
@@ -484,9 +476,3 @@ def _enough(s: Tensor, energy: float) -> int:
     if held[-1] == 0:
         return 1
     return min(int((held < energy * held[-1] * (1 - 1e-12)).sum()) + 1, len(s))
-
-
-def _tidy(number: float) -> int | float:
-    """8.0 as 8: PEFT types lora_alpha as an int, though it takes both."""
-    nearest = round(number)
-    return nearest if math.isclose(number, nearest, rel_tol=1e-12) else number

@@ -26,7 +26,7 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from rankwise.errors import ModelError, PlanError
-from rankwise.plan import Entry, RankPlan
+from rankwise.plan import Entry, RankPlan, patterns, tidy
 
 ADAPTER = "default"
 
@@ -355,22 +355,11 @@ def bake(model: PeftModel, keep: Mapping[str, list[int]] | None = None) -> None:
 
 
 def _write_ranks(model: PeftModel) -> None:
-    """Makes the model's LoraConfig say the layers' ranks: r and alpha the commonest, patterns for
-    the rest, so that an adapter of one rank has no pattern, which not every server reads.
-    """
-    config = model.peft_config[ADAPTER]
-    found = {
-        name: (layer.r[ADAPTER], layer.lora_alpha[ADAPTER])
-        for name, layer in _layers(model).items()
-    }
-    (config.r, config.lora_alpha), _ = Counter(found.values()).most_common(1)[0]
-    others = {
-        f"^{re.escape(name)}": pair
-        for name, pair in found.items()
-        if pair != (config.r, config.lora_alpha)
-    }
-    config.rank_pattern = {key: r for key, (r, _) in others.items()}
-    config.alpha_pattern = {key: alpha for key, (_, alpha) in others.items()}
+    """Makes the model's LoraConfig say the layers' ranks."""
+    layers = _layers(model)
+    said = {name: (layer.r[ADAPTER], layer.lora_alpha[ADAPTER]) for name, layer in layers.items()}
+    for key, value in patterns(said).items():
+        setattr(model.peft_config[ADAPTER], key, value)
 
 
 def realised(
@@ -482,7 +471,7 @@ def _shrink(layer: LoraLayer, kept: list[int]) -> None:
     rooted = layer.use_rslora[ADAPTER]  # its scaling is alpha over the root of r
     alpha = layer.scaling[ADAPTER] * (len(kept) ** 0.5 if rooted else len(kept))
     layer.r[ADAPTER] = len(kept)
-    layer.lora_alpha[ADAPTER] = int(alpha) if float(alpha).is_integer() else alpha
+    layer.lora_alpha[ADAPTER] = tidy(alpha)
 
 
 def _by_module(plan: RankPlan) -> dict[str, dict[str, Entry]]:

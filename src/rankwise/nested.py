@@ -5,6 +5,7 @@ of their own. It is an ordinary PEFT adapter at the largest rank; `rankwise.adap
 out of it.
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -72,8 +73,8 @@ class NestedTrainer(GatedTrainer):
         **trainer: Any,
     ):
         gated = gates.attach_nested(model, plan)
-        super().__init__(model, args, gated=gated, configuration=configuration, **trainer)
-        self.nested_gates, self.method, self.r_max = gated, method, plan.r_max
+        super().__init__(model, args, configuration=configuration, **trainer)
+        self.gated, self.method, self.r_max = gated, method, plan.r_max
         self.plan = plan.with_ranks(plan.ranks, method=method.describe(), seed=args.seed)
         self._factors = gates.factors(model)
         self._batch_losses: list[Tensor] = []
@@ -81,7 +82,7 @@ class NestedTrainer(GatedTrainer):
 
     def set_ranks(self, ranks: int | Mapping[str, int]) -> None:
         """Makes the model an adapter of rank b: one b for all, or one per plan entry."""
-        gates.set_ranks(self.nested_gates, ranks)
+        gates.set_ranks(self.gated, ranks)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
@@ -111,7 +112,7 @@ class NestedTrainer(GatedTrainer):
         """(A or B, its rank axis, indices on it of the b-th piece of every entry)."""
         b = self._drawn()
         for name, (a, b_matrix) in self._factors.items():
-            starts = np.cumsum([0, *self.nested_gates[name].sizes[:-1]])
+            starts = np.cumsum([0, *self.gated[name].sizes[:-1]])
             pieces = torch.as_tensor(starts + b - 1, device=a.device)
             yield a, 0, pieces
             yield b_matrix, 1, pieces
@@ -175,7 +176,7 @@ class NestedTrainer(GatedTrainer):
             write_text(folder / "README.md", CARD.format(self.r_max))
             self.plan.save(folder / NESTED)
         finally:  # new gates: the trainer can go on evaluating
-            self.nested_gates = gates.attach_nested(model, self.plan)
+            self.gated = gates.attach_nested(model, self.plan)
             self._factors = gates.factors(model)
 
 
@@ -233,8 +234,8 @@ class Curve:
         return tuple(found[self.metric] for found in self.metrics)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
-        return asdict(self)
+        """As JSON holds it: lists for tuples."""
+        return json.loads(json.dumps(asdict(self)))
 
 
 def curve(

@@ -4,6 +4,7 @@ Needs no model to be loaded, edited, counted or saved; only `check` and `uniform
 """
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -194,14 +195,10 @@ class RankPlan:
         ranks = self.module_ranks()
         if not ranks:
             raise PlanError("every rank of the plan is 0; at least one module needs rank >= 1")
-        common = Counter(ranks.values()).most_common(1)[0][0]
-        others = {_exact(name): r for name, r in ranks.items() if r != common}
+        layers = {name: (r, tidy(self.scaling * r)) for name, r in ranks.items()}
         return LoraConfig(
-            r=common,
-            lora_alpha=_tidy(self.scaling * common),
             target_modules=_targets(list(ranks), {e.module for e in self.modules.values()}),
-            rank_pattern=others,
-            alpha_pattern={name: _tidy(self.scaling * r) for name, r in others.items()},
+            **patterns(layers),
             **kwargs,
         )
 
@@ -387,9 +384,25 @@ def _exact(name: str) -> str:
     return f"^{re.escape(name)}"
 
 
-def _tidy(number: float) -> int | float:
+def tidy(number: float) -> int | float:
     """8.0 as 8: PEFT types lora_alpha as an int, though it takes both."""
-    return int(number) if float(number).is_integer() else number
+    nearest = round(number)
+    return nearest if math.isclose(number, nearest, rel_tol=1e-12) else number
+
+
+def patterns(layers: Mapping[str, tuple[int, int | float]]) -> dict[str, Any]:
+    """(r, lora_alpha) by module as a LoraConfig says them: the commonest, and patterns for others.
+
+    An adapter of one rank has no pattern, which not every server reads.
+    """
+    (r, alpha), _ = Counter(layers.values()).most_common(1)[0]
+    others = {_exact(name): pair for name, pair in layers.items() if pair != (r, alpha)}
+    return {
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": {key: pair[0] for key, pair in others.items()},
+        "alpha_pattern": {key: pair[1] for key, pair in others.items()},
+    }
 
 
 def _random_ranks(

@@ -96,7 +96,6 @@ class GatedTrainer(FiniteTrainer):
     Args:
         model: PEFT model with gates attached.
         args: TrainingArguments.
-        gated: what `gates.attach` or `gates.attach_nested` returned.
         configuration: what a checkpoint has to agree with to be resumed.
         **trainer: of transformers.Trainer.
     """
@@ -106,12 +105,11 @@ class GatedTrainer(FiniteTrainer):
         model: PeftModel,
         args: TrainingArguments,
         *,
-        gated: Mapping[str, gates.Gate],
         configuration: dict[str, Any],
         **trainer: Any,
     ):
         super().__init__(model, args, **trainer)
-        self.gated, self.configuration = gated, configuration
+        self.configuration = configuration
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Trainable tensors, raw, and what they belong to."""
@@ -172,8 +170,8 @@ class SearchTrainer(GatedTrainer):
         configuration: dict[str, Any],
         **trainer: Any,
     ):
-        super().__init__(model, args, gated=gated, configuration=configuration, **trainer)
-        self.method = method
+        super().__init__(model, args, configuration=configuration, **trainer)
+        self.gated, self.method = gated, method
         self.betas = [gate.beta for gate in gated.values()]
         meta = {id(beta) for beta in self.betas}
         self.parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in meta]

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch import nn
 from torch.utils.data import Subset
 from transformers import PreTrainedModel, SchedulerType, Trainer, TrainingArguments, set_seed
@@ -110,8 +109,14 @@ def search(
         set_seed(args.seed)
         with gates.adapted(model, plan, **lora) as peft_model:
             if isinstance(method, DyLoRA):
-                nested = _nested_trainer(
-                    peft_model, plan, method, data.train, args, configuration, **trainer
+                nested = NestedTrainer(
+                    peft_model,
+                    args,
+                    plan=plan,
+                    method=method,
+                    configuration=configuration,
+                    train_dataset=data.train,
+                    **trainer,
                 )
                 nested.train(resume_from_checkpoint=checkpoint)
                 return _picked(plan, curve(nested, data.validation), provenance)
@@ -154,26 +159,6 @@ def _learned(
     return replace(learned, modules=modules)
 
 
-def _nested_trainer(
-    peft_model: PeftModel,
-    plan: RankPlan,
-    method: DyLoRA,
-    train_dataset: Any,
-    args: TrainingArguments,
-    configuration: dict[str, Any],
-    **trainer: Any,
-) -> NestedTrainer:
-    return NestedTrainer(
-        peft_model,
-        args,
-        plan=plan,
-        method=method,
-        configuration=configuration,
-        train_dataset=train_dataset,
-        **trainer,
-    )
-
-
 def _check_metric(args: TrainingArguments, compute_metrics: Any) -> None:
     metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
     if metric != "loss" and compute_metrics is None:
@@ -185,7 +170,7 @@ def _check_metric(args: TrainingArguments, compute_metrics: Any) -> None:
 def _picked(plan: RankPlan, curve: Curve, provenance: dict[str, Any]) -> RankPlan:
     """The plan of one rank for all that the curve speaks for."""
     ranks = dict.fromkeys(plan.modules, pick(curve))
-    return plan.with_ranks(ranks, **provenance, curve=json.loads(json.dumps(curve.to_dict())))
+    return plan.with_ranks(ranks, **provenance, curve=curve.to_dict())
 
 
 def train(
@@ -232,6 +217,7 @@ def train(
     lora = {"task_type": task_type or task_type_of(model), "lora_dropout": lora_dropout}
     if args.label_names is None:  # Trainer cannot read them off a PEFT model
         args = _replaced(args, label_names=["labels"])
+    nested, configuration = None, None
     if method is not None:
         nested = _dylora(method)
         check_nested(nested, plan)
@@ -239,17 +225,17 @@ def train(
         configuration = {"method": asdict(nested), "ranks": plan.ranks, "scaling": plan.scaling}
         configuration |= {"lora": lora, "train_sha256": fingerprint(train_dataset)}
         configuration |= {"world_size": args.world_size} | _decisive(args)
-        checkpoint = find_checkpoint(args.output_dir, resume_from_checkpoint, configuration)
-        set_seed(args.seed)
-        peft_model = gates.build(model, plan, **lora)
-        trainer_: FiniteTrainer = _nested_trainer(
-            peft_model, plan, nested, train_dataset, args, configuration, **trainer
+    checkpoint = find_checkpoint(args.output_dir, resume_from_checkpoint, configuration)
+    set_seed(args.seed)
+    peft_model = gates.build(model, plan, **lora)
+    trainer["train_dataset"] = train_dataset
+    trainer_: FiniteTrainer = (
+        FiniteTrainer(peft_model, args, **trainer)
+        if nested is None or configuration is None
+        else NestedTrainer(
+            peft_model, args, plan=plan, method=nested, configuration=configuration, **trainer
         )
-    else:
-        checkpoint = find_checkpoint(args.output_dir, resume_from_checkpoint)
-        set_seed(args.seed)
-        peft_model = gates.build(model, plan, **lora)
-        trainer_ = FiniteTrainer(peft_model, args, train_dataset=train_dataset, **trainer)
+    )
     trainer_.train(resume_from_checkpoint=checkpoint)
     return trainer_
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from datasets import Dataset
 from rich.progress import Progress
+from transformers import PreTrainedModel
 
 from rankwise import elastic, tasks, training
 from rankwise.adapter import Adapter
@@ -27,7 +28,7 @@ def check_nested(
     job: stages.Job, lora: LoraArguments, nested: NestedArguments, method: DyLoRA
 ) -> None:
     """Finds what is wrong with the DyLoRA flags before there is an output folder."""
-    plan = largest_plan(job, lora)
+    plan = _largest_plan(stages.fresh_model(job), lora)
     training.check_nested(method, plan)
     trained = method.trained(lora.r)
     ways = [k for k in ("tolerance", "pick_rank", "budget") if getattr(nested, k) is not None]
@@ -43,10 +44,10 @@ def check_nested(
         elastic.uniform_within(plan, nested.budget, trained)
 
 
-def largest_plan(job: stages.Job, lora: LoraArguments) -> RankPlan:
+def _largest_plan(model: PreTrainedModel, lora: LoraArguments) -> RankPlan:
     """The plan of rank r everywhere, at which DyLoRA trains."""
     return RankPlan.uniform(
-        stages.fresh_model(job),
+        model,
         lora.r,
         target_modules=stages.target_modules(lora),
         lora_alpha=lora.lora_alpha,
@@ -74,9 +75,10 @@ def nested_stage(
     args = stages.training_arguments(job, folder)
     data = stages.split_rows(job, search, method)
     with stages.measured(args.device) as measured:
+        base = stages.fresh_model(job)
         trainer = training.train(
-            stages.fresh_model(job),
-            largest_plan(job, lora),
+            base,
+            _largest_plan(base, lora),
             data.train,
             args=args,
             method=method,
@@ -128,7 +130,7 @@ def _choose(
         greater_is_better=job.task.greater_is_better,
     )
     figures: dict[str, Any] = {"curve": found.to_dict()}
-    about = trainer.plan.provenance | {"curve": found.to_dict()}
+    about = trainer.plan.provenance | figures
     if nested.elastic and nested.budget is not None:
         with _progress("loss of each module at each rank", _count(trainer, found)) as counted:
             loss = counted(elastic.validation_loss(trainer, data.validation))

@@ -91,7 +91,7 @@ def run(
             stages.console.print("no random control: there is one plan of this size alone")
             continue
         if name == "svd":
-            plans[name] = dylora.largest_plan(job, lora)
+            plans[name] = RankPlan.uniform(plan, plan.r_max)
             _stage(i, count, f"training LoRA of rank {lora.r}, truncated by SVD")
             results[name] = dylora.svd_stage(job, plans[name], work, resume, lora, rows)
             continue

@@ -16,7 +16,7 @@ def save_curves(
     path: Path,
     *,
     mark: int | None = None,
-    spread: str = "standard deviation",
+    spread: str,
 ) -> bool:
     """Draws a metric against the rank. Needs matplotlib (`pip install 'rankwise[plots]'`).
 
@@ -54,8 +54,6 @@ def save_curves(
     axes.set_xlabel("rank")
     axes.set_ylabel(metric)
     axes.set_title(f"bands: one {spread}", fontsize="small", color="0.4", loc="right")
-    if len(series) > 1:
-        axes.legend(frameon=False)
     with temporary_name(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
     return True
