@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig
@@ -199,6 +200,22 @@ def test_at_the_full_rank_the_function_is_unchanged(kind, tmp_path):
         found = kind.logits(loaded(kind, tmp_path / folder))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert (expected - kind.logits(kind.base())).abs().max() > 1e-2  # the adapter does something
+
+
+@pytest.mark.parametrize(
+    ("base", "said"), [("org/model", "org/model"), ("folder", None), (None, None)]
+)
+def test_a_cut_adapter_has_a_card_that_the_hub_can_read(base, said, kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()  # a base model on disk is no id of the hub
+    saved(kind, tmp_path / "whole")
+    config = json.loads((tmp_path / "whole" / CONFIG).read_text())
+    config["base_model_name_or_path"] = base
+    (tmp_path / "whole" / CONFIG).write_text(json.dumps(config))
+    Adapter.load(tmp_path / "whole").truncate_svd(1).save(tmp_path / "cut")
+    card = ModelCard.load(tmp_path / "cut" / "README.md")
+    assert (card.data.base_model, card.data.library_name) == (said, "peft")
+    assert "# LoRA adapter of rank 1\n" in card.text
 
 
 def test_a_module_whose_rank_exceeds_its_inputs_keeps_what_it_can_have(tmp_path):
@@ -601,7 +618,7 @@ def test_what_is_saved(tmp_path):
     cut = Adapter.load(f"{tmp_path}/whole/").truncate_svd(2)
     cut.save(f"{tmp_path}/deep/er/cut/")
     folder = tmp_path / "deep" / "er" / "cut"
-    assert names(folder) == [CONFIG, WEIGHTS, "truncation.json"]
+    assert names(folder) == ["README.md", CONFIG, WEIGHTS, "truncation.json"]
     assert names(folder.parent) == ["cut"]
     with safe_open(folder / WEIGHTS, "pt") as file:
         assert file.metadata() == {"format": "pt"}

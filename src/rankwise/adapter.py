@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rankwise.errors import AdapterError, OutputError, PlanError, RankwiseError
-from rankwise.files import replace_folder, write_json
+from rankwise.files import replace_folder, write_json, write_text
 from rankwise.methods import DyLoRA
 from rankwise.plan import RankPlan, patterns, tidy
 
@@ -357,8 +357,9 @@ class Adapter:
         return sum(f.a.numel() + f.b.numel() for f in self.factors().values())
 
     def save(self, folder: str | Path) -> None:
-        """Writes a stock PEFT adapter, through a temporary name; what it lost per module beside it.
+        """Writes a stock PEFT adapter, through a temporary name.
 
+        Beside one that was cut lie a model card and `truncation.json`, with what each module lost.
         A nested adapter that was not cut keeps its plan.
 
         Raises:
@@ -382,9 +383,36 @@ class Adapter:
                 self.plan.save(work / NESTED)
             if self.cuts:
                 write_json(work / "truncation.json", {n: vars(cut) for n, cut in self.cuts.items()})
+                write_text(work / "README.md", self._card())
             replace_folder(work, target)
         finally:
             shutil.rmtree(work, ignore_errors=True)
+
+    def _card(self) -> str:
+        """The model card of an adapter that was cut."""
+        before, after = ({vars(c)[key] for c in self.cuts.values()} for key in ("r_before", "r"))
+        nested = all(cut.lost is None for cut in self.cuts.values())
+        how = "its first pieces, as DyLoRA trained them" if nested else "by the SVD of its updates"
+        return card_header(self.config.get("base_model_name_or_path")) + (
+            f"# LoRA adapter of rank {_span(after)}\n\n"
+            f"Cut by rankwise out of an adapter of rank {_span(before)}: {how}. It is a stock PEFT "
+            f"adapter of {self.parameters:,} LoRA parameters; `truncation.json` has each module's "
+            "rank and what it lost.\n"
+        )
+
+
+def card_header(base: str | None) -> str:
+    """The YAML at the head of a model card. A hub id alone may stand there as the base model: the
+    hub refuses a folder's name.
+    """
+    known = [f"base_model: {base}"] if base and not Path(base).exists() else []
+    return "\n".join(
+        ["---", *known, "library_name: peft", "tags:", "- lora", "- rankwise", "---", "", ""]
+    )
+
+
+def _span(ranks: set[int]) -> str:
+    return str(*ranks) if len(ranks) == 1 else f"{min(ranks)} to {max(ranks)}"
 
 
 def _first(module: str, old: Factors, plan: RankPlan, ranks: Mapping[str, int]) -> Factors:

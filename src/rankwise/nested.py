@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from rankwise import gates
-from rankwise.adapter import NESTED
+from rankwise.adapter import NESTED, card_header
 from rankwise.errors import DivergedError, RankwiseError
 from rankwise.files import write_text
 from rankwise.methods import DyLoRA
@@ -33,14 +33,7 @@ FEW_BATCHES = 8  # too few for the standard error of a mean over batches
 logger = logging.get_logger(__name__)
 
 
-CARD = """---
-library_name: peft
-tags:
-- lora
-- rankwise
----
-
-# Nested LoRA adapter
+CARD = """# Nested LoRA adapter
 
 Trained by DyLoRA: the first b of its {} rank-1 pieces are an adapter for every rank b that
 `nested_plan.json` names. As it stands it is a stock PEFT adapter of the largest rank; another one:
@@ -173,7 +166,8 @@ class NestedTrainer(GatedTrainer):
         gates.bake(model)
         try:
             model.save_pretrained(str(folder))
-            write_text(folder / "README.md", CARD.format(self.r_max))
+            base = model.peft_config[gates.ADAPTER].base_model_name_or_path
+            write_text(folder / "README.md", card_header(base) + CARD.format(self.r_max))
             self.plan.save(folder / NESTED)
         finally:  # new gates: the trainer can go on evaluating
             self.gated = gates.attach_nested(model, self.plan)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rankwise.adapter import card_header
 from rankwise.files import write_text
 from rankwise.methods import AutoLoRA
 from rankwise.plan import RankPlan
@@ -28,10 +29,7 @@ def write_card(
         arms: figures by arm, controls included.
     """
     model = metrics["model"]
-    # A hub id alone may stand in a card's header; the hub refuses a folder's name there.
-    saved = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    base = [] if Path(saved).exists() else [f"base_model: {saved}"]
-    header = ["---", *base, "library_name: peft", "tags:", "- lora", "- rankwise", "---", ""]
+    config = json.loads((folder / "adapter_config.json").read_text())
     training = metrics["training"]
     rows = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
     body = [
@@ -55,7 +53,8 @@ def write_card(
         "(lora_alpha / r) in every layer.",
         "",
     ]
-    write_text(folder / "README.md", "\n".join(header + body))
+    header = card_header(config["base_model_name_or_path"])
+    write_text(folder / "README.md", header + "\n".join(body))
 
 
 def _choice(plan: RankPlan) -> str:
