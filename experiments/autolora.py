@@ -13,8 +13,9 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
+
+import grid
 
 RESULTS = Path(__file__).parent / "results"
 RATES = (1e-3, 3e-3)
@@ -42,13 +43,7 @@ GRID = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--data_dir", type=Path, required=True)
-    parser.add_argument("--model", required=True, help="hub id or folder of the base model")
-    parser.add_argument("--only", nargs="*", default=list(GRID), choices=list(GRID))
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser = grid.flags(__doc__, GRID)
     parser.add_argument("--work_dir", type=Path, default=Path("runs/autolora"))
     parser.add_argument(
         "--tune", action="store_true", help="sweep the rate of uniform LoRA instead"
@@ -66,8 +61,9 @@ def main() -> None:
 def compare(name: str, seed: int, args: argparse.Namespace) -> None:
     """One run: search, the plan, uniform r=4, a random plan of the plan's size."""
     recipe = GRID[name]
+    rows = grid.train_rows(args.data_dir, name, recipe.first_rows)
     flags = [
-        *("--train_file", str(train_rows(name, args))),
+        *("--train_file", str(rows)),
         *("--validation_file", str(args.data_dir / name / "validation.jsonl")),
         *("--learning_rate", str(recipe.learning_rate), "--num_train_epochs", str(recipe.epochs)),
         *("--num_search_epochs", str(recipe.search_epochs), "--seed", str(seed)),
@@ -79,24 +75,13 @@ def compare(name: str, seed: int, args: argparse.Namespace) -> None:
 
 def tune(name: str, rate: float, args: argparse.Namespace) -> None:
     """Uniform r=4 for one epoch at one rate, judged on a tenth of the training rows."""
+    rows = grid.train_rows(args.data_dir, name, GRID[name].first_rows)
     flags = [
-        *("--train_file", str(train_rows(name, args)), "--r", "4", "--seed", "0"),
+        *("--train_file", str(rows), "--r", "4", "--seed", "0"),
         *("--learning_rate", str(rate), "--num_train_epochs", "1"),
         *("--max_eval_samples", "1000"),
     ]
     run("train", GRID[name], flags, RESULTS / "tune" / f"{name}-lr{rate:g}", args)
-
-
-def train_rows(name: str, args: argparse.Namespace) -> Path:
-    """The task's training file, or a file of its first rows where the recipe wants no more."""
-    source, first = args.data_dir / name / "train.jsonl", GRID[name].first_rows
-    if first is None:
-        return source
-    cut = args.work_dir / "data" / f"{name}-first-{first}.jsonl"
-    cut.parent.mkdir(parents=True, exist_ok=True)
-    with source.open(encoding="utf-8") as file:
-        cut.write_text("".join(islice(file, first)), encoding="utf-8")
-    return cut
 
 
 def run(

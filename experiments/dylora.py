@@ -18,10 +18,10 @@ import argparse
 import json
 import tempfile
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import grid
 import numpy as np
 import torch
 from datasets import Dataset
@@ -60,13 +60,7 @@ GRID = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--data_dir", type=Path, required=True)
-    parser.add_argument("--model", required=True, help="hub id or folder of the base model")
-    parser.add_argument("--only", nargs="*", default=list(GRID), choices=list(GRID))
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser = grid.flags(__doc__, GRID)
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS)
     parser.add_argument("--tune", nargs="*", type=float, help="learning rates to try instead")
     args = parser.parse_args()
@@ -110,7 +104,7 @@ class Job:
 
 
 def load(recipe: Recipe, name: str, seed: int, args: argparse.Namespace) -> Job:
-    files = {"train_file": train_rows(name, recipe, args)}
+    files = {"train_file": grid.train_rows(args.data_dir, name, recipe.first_rows)}
     if not args.tune:  # without a file for them, a tenth of the training rows is held out
         files["validation_file"] = args.data_dir / name / "validation.jsonl"
     task = tasks.load_task(recipe.task, **files, seed=seed)
@@ -135,17 +129,6 @@ def load(recipe: Recipe, name: str, seed: int, args: argparse.Namespace) -> Job:
         label_names=["labels"],
     )
     return Job(recipe, seed, args.model, task, tokenizer, *rows, training)
-
-
-def train_rows(name: str, recipe: Recipe, args: argparse.Namespace) -> Path:
-    """The task's training file, or a file of its first rows where the recipe wants no more."""
-    source = args.data_dir / name / "train.jsonl"
-    if recipe.first_rows is None:
-        return source
-    cut = Path(tempfile.gettempdir()) / f"{name}-first-{recipe.first_rows}.jsonl"
-    with source.open(encoding="utf-8") as file:
-        cut.write_text("".join(islice(file, recipe.first_rows)), encoding="utf-8")
-    return cut
 
 
 def by_length(rows: Dataset) -> Dataset:
