@@ -126,6 +126,31 @@ def test_when_the_whole_is_worse_than_uniform_uniform_it_is():
     assert found.plan is found.uniform and found.plan.ranks == {"m0": 2, "m1": 2, "m2": 2}
 
 
+def test_other_rows_decide_where_they_are_given():
+    """What looks like a gain on the rows of the choice need not be one on others."""
+    plan, budget = plan_of(SQUARE), 6 * 16
+    here = Additive([[9, 8, 7, 6], [1, 0.1, 0.1, 0.1], [1, 0.1, 0.1, 0.1]])
+    there = Additive([[9, 1, 0, 0], [9, 1, 0, 0], [9, 1, 0, 0]])
+    found = choose(here, plan, budget, check=there)
+    assert found.elastic.ranks == {"m0": 4, "m1": 1, "m2": 1}
+    assert here.of(found.elastic.ranks) < here.of(found.uniform.ranks)
+    assert found.elastic_loss == there.of(found.elastic.ranks)
+    assert found.uniform_loss == there.of(found.uniform.ranks) < found.elastic_loss
+    assert found.plan is found.uniform and not found.pays
+    assert len(there.calls) == 2
+
+
+def test_of_noise_alone_other_rows_keep_about_half():
+    """Chosen and judged on the same rows, ranks by layer would win every time."""
+    rng = np.random.default_rng(0)
+    plan, budget = plan_of(SQUARE), 6 * 16
+    noise = [[Additive(rng.normal(size=(3, R))) for _ in range(2)] for _ in range(200)]
+    alone = sum(choose(here, plan, budget).pays for here, _ in noise)
+    checked = sum(choose(here, plan, budget, check=there).pays for here, there in noise)
+    assert alone > 180
+    assert 70 < checked < 130  # 100 ± 7
+
+
 def test_equal_losses_do_not_pay():
     found = choose(lambda ranks: 1.0, plan_of(SQUARE), budget=6 * 16)
     assert not found.pays and found.plan.ranks == {"m0": 2, "m1": 2, "m2": 2}

@@ -24,7 +24,7 @@ class Choice:
         plan: the better of the two below on the validation rows.
         elastic: ranks by layer, chosen greedily.
         uniform: the largest single rank within the budget.
-        elastic_loss, uniform_loss: validation losses of the two, each measured as a whole.
+        elastic_loss, uniform_loss: losses of the two, each as a whole, on the rows that decide.
         losses: by entry and rank, the loss with that entry alone at another rank than `uniform`.
     """
 
@@ -37,11 +37,17 @@ class Choice:
 
     @property
     def pays(self) -> bool:
-        """Whether ranks by layer had the lower validation loss."""
+        """Whether ranks by layer had the lower loss on the rows that decide."""
         return self.elastic_loss < self.uniform_loss
 
 
-def choose(loss: Loss, plan: RankPlan, budget: int, ranks: Sequence[int] | None = None) -> Choice:
+def choose(
+    loss: Loss,
+    plan: RankPlan,
+    budget: int,
+    ranks: Sequence[int] | None = None,
+    check: Loss | None = None,
+) -> Choice:
     """The ranks of a nested adapter that a budget allows, by marginal loss per parameter.
 
     First the loss with each entry alone moved through its ranks, all others at the uniform rank of
@@ -49,31 +55,32 @@ def choose(loss: Loss, plan: RankPlan, budget: int, ranks: Sequence[int] | None 
     one entry that lowers its loss most per parameter is taken while it fits; a step may be of
     several ranks, so that a useless piece does not hide a useful one behind it. The same from the
     uniform rank, since many cheap pieces may leave no room for a dear one worth more; the plan with
-    the lower sum of losses is taken. Last, the loss of the whole.
+    the lower sum of losses is taken. Last, the loss of the whole decides between it and the uniform
+    rank.
 
     Args:
         loss: ranks by entry -> mean loss on validation rows, always the same ones.
         plan: the nested adapter's; its ranks are the largest.
         budget: LoRA parameters in all.
         ranks: those that were trained; None is all up to the plan's.
+        check: the same on other rows, which decide. Ranks nearly always look better than uniform
+            ones on the rows that they were chosen on; None decides on those all the same.
 
     Raises:
         PlanError: a budget outside what the trained ranks can take.
         DivergedError: a loss is not finite.
 
     Example:
-        >>> choose(loss, plan, budget=20_000).plan.parameters
+        >>> losses = [validation_loss(trainer, rows) for rows in (half, other_half)]
+        >>> choose(losses[0], trainer.plan, budget=20_000, check=losses[1]).plan.parameters
         19968
     """
     trained = sorted(ranks or range(1, plan.r_max + 1))
     uniform = uniform_within(plan, budget, trained)
     start = uniform.ranks
-    uniform_loss = _finite(loss, start)
+    here = _finite(loss, start)
     losses = {
-        name: {
-            b: uniform_loss if b == start[name] else _finite(loss, {**start, name: b})
-            for b in trained
-        }
+        name: {b: here if b == start[name] else _finite(loss, {**start, name: b}) for b in trained}
         for name in plan.modules
     }
     chosen = min(
@@ -81,7 +88,8 @@ def choose(loss: Loss, plan: RankPlan, budget: int, ranks: Sequence[int] | None 
         key=lambda found: sum(losses[name][b] for name, b in found.items()),
     )
     elastic = plan.with_ranks(chosen, method="elastic", budget=budget)
-    elastic_loss = uniform_loss if chosen == start else _finite(loss, chosen)
+    uniform_loss = here if check is None else _finite(check, start)
+    elastic_loss = uniform_loss if chosen == start else _finite(check or loss, chosen)
     better = elastic if elastic_loss < uniform_loss else uniform
     return Choice(better, elastic, uniform, elastic_loss, uniform_loss, losses)
 
@@ -96,13 +104,18 @@ def uniform_within(plan: RankPlan, budget: int, ranks: Sequence[int] | None = No
 
     Raises:
         PlanError: a budget below the smallest rank, or above the largest.
+
+    Example:
+        >>> uniform_within(plan, budget=20_000).parameters
+        18432
     """
     trained = sorted(ranks or range(1, plan.r_max + 1))
     one = RankPlan.uniform(plan, 1).parameters
-    if not trained[0] * one <= budget <= plan.parameters:
+    least, most = trained[0] * one, trained[-1] * one
+    if not least <= budget <= most:
         raise PlanError(
             f"the budget is {budget:,} parameters; ranks {trained[0]} to {trained[-1]} of these "
-            f"modules take {trained[0] * one:,} to {plan.parameters:,}"
+            f"modules take {least:,} to {most:,}"
         )
     return RankPlan.uniform(plan, max(b for b in trained if b * one <= budget))
 
@@ -111,6 +124,14 @@ def validation_loss(trainer: NestedTrainer, dataset: Any) -> Loss:
     """The mean loss of a nested adapter on some rows, as a function of the ranks by entry.
 
     The model stands at the largest rank again after each call.
+
+    Args:
+        trainer: what `rankwise.train(..., method="dylora")` returned.
+        dataset: rows with labels, ready for the model.
+
+    Example:
+        >>> validation_loss(trainer, rows)(trainer.plan.ranks)
+        0.512
     """
 
     def loss(ranks: Mapping[str, int]) -> float:
