@@ -849,6 +849,7 @@ def test_weights_that_are_no_lora_adapter(copy, change, match):
         ({"energy": float("nan")}, "energy is nan"),
         ({"budget": 127}, "budget is 127; rank 1 in every module takes 128 parameters"),
         ({"budget": 0}, "budget is 0; rank 1"),
+        ({"budget": 10**9}, "budget is 1000000000; the adapter has"),
     ],
     ids=str,
 )

@@ -30,6 +30,7 @@ from rankwise import (
     RankwiseError,
     curve,
     gates,
+    load_nested,
     pick,
     search,
     train,
@@ -481,6 +482,13 @@ def test_saving_leaves_the_trainer_as_it_was(of, tmp_path):
     assert plan.provenance["method"]["name"] == "dylora"
 
 
+def test_a_push_to_the_hub_sends_an_adapter(of, tmp_path):
+    """Trainer's push saves into output_dir, by the same call as a checkpoint but for the folder."""
+    trainer = trained(of.model(), rows(of), arguments(tmp_path / "out", max_steps=1))
+    trainer.save_model(_internal_call=True)
+    assert Adapter.load(tmp_path / "out").trained_ranks == [1, 2, 3, 4]
+
+
 def test_a_metric_keeps_its_own_direction(of, tmp_path):
     """`greater_is_better` of the arguments is that of their metric, not of every one."""
     args = arguments(tmp_path, metric_for_best_model="loss", greater_is_better=False)
@@ -528,10 +536,11 @@ def test_save_model_writes_what_peft_reads(of, tmp_path):
         ({"r_min": 5}, "r_min is 5, above the largest rank 4"),
         ({"weights": (0.5, 0.5)}, "2 weights for the 4 ranks 1 to 4"),
         ({"weights": (0.5, 0.5, 0.5, 0.5)}, "weights sum to 2; they have to sum to 1"),
+        ({"weights": (0.5, 0.5, 0.0, 0.0)}, "the last weight is 0"),
         ({"weights": (1.5, -0.5, 0.0, 0.0)}, "each has to lie from 0 to 1"),
         ({"weights": (float("nan"), 0.5, 0.5, 0.0)}, "each has to lie from 0 to 1"),
         ({"distribution": "normal"}, "take uniform or geometric"),
-        ({"distribution": "geometric", "weights": (1.0, 0.0, 0.0, 0.0)}, "leave the other out"),
+        ({"distribution": "geometric", "weights": (0.0, 0.0, 0.0, 1.0)}, "leave the other out"),
         ({"distribution": "geometric", "p": 1.0}, "p is 1.0; it has to lie between 0 and 1"),
     ],
 )
@@ -544,7 +553,7 @@ def test_a_plan_of_several_ranks_is_refused(of, tmp_path):
     model = of.model()
     plan = plan_of(model)
     plan = plan.with_ranks({name: 2 + i % 2 for i, name in enumerate(plan.modules)})
-    with pytest.raises(PlanError, match=r"has rank 2; give RankPlan\.uniform"):
+    with pytest.raises(PlanError, match=r"has ranks 2 to 3; give RankPlan\.uniform"):
         train(model, plan, rows(of), args=arguments(tmp_path), method="dylora")
     with pytest.raises(RankwiseError, match="what trains an adapter at once is dylora"):
         train(model, plan_of(model), rows(of), args=arguments(tmp_path), method="autolora")
@@ -561,8 +570,12 @@ def test_ranks_and_metrics_that_are_not_there(of, tmp_path):
         pick(found, -1)
     with pytest.raises(PlanError, match="ranks 1 to 4; 5 is none of them"):
         trainer.set_ranks(5)
-    with pytest.raises(PlanError, match="ranks 1 to 4; None is none of them"):
-        trainer.set_ranks({})
+    with pytest.raises(PlanError, match=r"ranks 1 to 4; 2\.0 is none of them"):
+        trainer.set_ranks(2.0)
+    before = gates.values(trainer.gated)
+    with pytest.raises(PlanError, match="differ in the entry"):
+        trainer.set_ranks({next(iter(before)): 2})
+    assert gates.values(trainer.gated) == before  # no gate moved
     plain = train(of.model(), plan_of(of.model()), rows(of), args=arguments(tmp_path, max_steps=1))
     with pytest.raises(RankwiseError, match="FiniteTrainer trained one rank"):
         curve(plain, rows(of))
@@ -576,11 +589,78 @@ def test_ranks_and_metrics_that_are_not_there(of, tmp_path):
             "load_best_model_at_end knows one rank",
         ),
         ({"batch_eval_metrics": True}, "leave batch_eval_metrics and include_for_metrics out"),
+        ({"bf16_full_eval": True}, "round the factors themselves"),
+        ({"optim": "galore_adamw_layerwise", "optim_target_modules": "q"}, "inside the backward"),
+        ({"optim": "lomo"}, "inside the backward"),
     ],
 )
-def test_arguments_that_know_one_rank_are_refused(of, tmp_path, changes, message):
+def test_arguments_that_break_dylora_are_refused(of, tmp_path, changes, message):
     with pytest.raises(RankwiseError, match=message):
-        trained(of.model(), rows(of), arguments(tmp_path, **changes))
+        trained(of.model(), rows(of), arguments(tmp_path, **changes), "dylora-frozen")
+
+
+def test_a_uniform_plan_below_the_largest_rank_is_trained_at_its_own(of, tmp_path):
+    plan = RankPlan.uniform(plan_of(of.model()), 2)
+    assert plan.r_max == K
+    args = arguments(tmp_path, max_steps=1)
+    trainer = train(of.model(), plan, rows(of), args=args, method="dylora")
+    assert curve(trainer, rows(of, seed=5)).ranks == (1, 2)
+
+
+def test_numbers_of_numpy_are_numbers(of, tmp_path):
+    method = DyLoRA(weights=np.array([0.25, 0.25, 0.25, 0.25]))
+    assert hash(method) == hash(DyLoRA(weights=(0.25, 0.25, 0.25, 0.25)))
+    trainer = trained(of.model(), rows(of), arguments(tmp_path, max_steps=1), method)
+    held = rows(of, seed=5)
+    assert curve(trainer, held, ranks=np.arange(1, 5)) == curve(trainer, held)
+    trainer.set_ranks(np.int64(2))
+    trainer.save_nested(tmp_path / "nested")
+    adapter = Adapter.load(tmp_path / "nested")
+    assert adapter.method == method
+    assert adapter.truncate(np.int64(2)).config["r"] == 2
+    assert adapter.truncate_svd(np.int64(2)).config["r"] == 2
+    with pytest.raises(AdapterError, match=r"rank 2\.0 of .* was not trained"):
+        adapter.truncate(2.0)
+
+
+def test_a_metric_that_is_no_number_is_left_out(of, tmp_path):
+    def by_class(output):
+        return accuracy(output) | {"per_class": [0.5, 0.5], "none": None}
+
+    args = arguments(tmp_path, max_steps=1)
+    trainer = trained(of.model(), rows(of), args, compute_metrics=by_class)
+    found = curve(trainer, rows(of, seed=5), metric="accuracy")
+    assert all(set(metrics) == {"loss", "accuracy"} for metrics in found.metrics)
+
+
+@pytest.mark.parametrize("name", [f.name for f in FAMILIES])
+def test_a_nested_adapter_from_disk_is_what_was_trained(name, tmp_path):
+    of = family(name)
+    trainer = trained(of.model(), rows(of), arguments(tmp_path), DyLoRA(r_min=2, frozen=True))
+    held = rows(of, seed=5)
+    expected = curve(trainer, held)
+    trainer.save_nested(tmp_path / "nested")
+    again = load_nested(
+        of.model(),
+        tmp_path / "nested",
+        args=arguments(tmp_path),
+        data_collator=default_data_collator,
+    )
+    found = curve(again, held)
+    assert found.ranks == expected.ranks == (2, 3, 4)
+    assert found.values == pytest.approx(expected.values, rel=1e-5)
+    assert (again.method, again.plan) == (trainer.method, trainer.plan)
+
+
+def test_what_load_nested_refuses(of, tmp_path):
+    args = arguments(tmp_path, max_steps=1)
+    trainer = trained(of.model(), rows(of), args)
+    trainer.save_nested(tmp_path / "nested")
+    Adapter.load(tmp_path / "nested").truncate(1).save(tmp_path / "one")
+    with pytest.raises(AdapterError, match="an adapter of one rank; give nested/ of a DyLoRA run"):
+        load_nested(of.model(), tmp_path / "one", args=args)
+    with pytest.raises(PlanError, match="the plan is for another model"):
+        load_nested(family("gpt2-classification").model(), tmp_path / "nested", args=args)
 
 
 def test_search_wants_its_metric_computed(of, tmp_path):

@@ -16,7 +16,7 @@ from rankwise.gates import attach, bake, build
 from rankwise.methods import METHODS, AutoLoRA, DyLoRA
 from rankwise.nested import Curve, curve, pick
 from rankwise.plan import Entry, RankPlan
-from rankwise.training import search, train
+from rankwise.training import load_nested, search, train
 
 __version__ = "0.1.0"
 
@@ -41,6 +41,7 @@ __all__ = [
     "build",
     "curve",
     "elastic",
+    "load_nested",
     "pick",
     "search",
     "train",

@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from operator import index
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,7 @@ class Adapter:
         adapter = cls(config, weights, plan)
         adapter._refuse_what_ranks_would_break()
         adapter.factors()
-        adapter.trained_ranks  # noqa: B018  # read here, so that what is wrong with it shows here
+        adapter.method  # noqa: B018  # read here, so that what is wrong with it shows here
         return adapter
 
     def _refuse_what_ranks_would_break(self) -> None:
@@ -234,19 +234,26 @@ class Adapter:
         return r, float(alpha)
 
     @property
-    def trained_ranks(self) -> list[int]:
-        """The ranks that a nested adapter was trained at, in ascending order; empty for others."""
+    def method(self) -> DyLoRA | None:
+        """How a nested adapter was trained; None for others."""
         if self.plan is None:
-            return []
+            return None
         method = self.plan.provenance.get("method")
         settings = dict(method) if isinstance(method, dict) else {}
         settings.pop("name", None)
         try:
-            if settings.get("weights") is not None:
-                settings["weights"] = tuple(settings["weights"])
-            return DyLoRA(**settings).trained(self.plan.r_max)
-        except (TypeError, RankwiseError) as error:
+            found = DyLoRA(**settings)
+            found.probabilities(self.plan.r_max)
+        except (TypeError, ValueError, RankwiseError) as error:
             raise PlanError(f"the method in {NESTED} is not DyLoRA's: {error}") from error
+        return found
+
+    @property
+    def trained_ranks(self) -> list[int]:
+        """The ranks that a nested adapter was trained at, in ascending order; empty for others."""
+        if self.plan is None or self.method is None:
+            return []
+        return self.method.trained(self.plan.r_max)
 
     def truncate(self, ranks: int | RankPlan) -> "Adapter":
         """The nested adapter cut to its first b pieces: one b for all, or a plan's ranks.
@@ -260,6 +267,10 @@ class Adapter:
         Raises:
             AdapterError: not a nested adapter (use `truncate_svd`), or a rank that was not trained.
             PlanError: a plan of other modules.
+
+        Example:
+            >>> Adapter.load("runs/dylora/nested").truncate(2).config["r"]
+            2
         """
         if self.plan is None:
             raise AdapterError("the adapter was not trained by DyLoRA; use truncate_svd")
@@ -275,18 +286,18 @@ class Adapter:
         if isinstance(ranks, RankPlan):
             wanted = ranks.ranks
         else:
-            wanted = dict.fromkeys(plan.modules, index(ranks))
+            wanted = dict.fromkeys(plan.modules, ranks)
         if set(wanted) != set(plan.modules):
             odd = sorted(set(wanted) ^ set(plan.modules))[0]
             raise PlanError(f"plan and adapter differ in the module {odd!r}; it is for another one")
         trained = self.trained_ranks
         for name, b in wanted.items():
-            if b not in trained:
+            if not isinstance(b, Integral) or b not in trained:
                 raise AdapterError(
                     f"rank {b} of {name!r} was not trained; the adapter has the ranks "
                     f"{', '.join(map(str, trained))}"
                 )
-        return wanted
+        return {name: int(b) for name, b in wanted.items()}
 
     def truncate_svd(
         self, r: int | None = None, *, energy: float | None = None, budget: int | None = None
@@ -306,13 +317,22 @@ class Adapter:
 
         Raises:
             AdapterError: not exactly one of the three, or one out of range.
+
+        Example:
+            >>> smaller = Adapter.load("somebody/lora").truncate_svd(energy=0.95)
+            >>> max(cut.lost for cut in smaller.cuts.values())
+            0.21
         """
         if sum(x is not None for x in (r, energy, budget)) != 1:
             raise AdapterError("give one of r, energy and budget")
         factors = self.factors()
         largest = max(f.r for f in factors.values())
-        if r is not None and not (isinstance(r, int) and 1 <= r <= largest):
+        if r is not None and not (isinstance(r, Integral) and 1 <= r <= largest):
             raise AdapterError(f"r is {r}; the adapter has ranks up to {largest}, give 1 to that")
+        if budget is not None and budget > self.parameters:
+            raise AdapterError(
+                f"budget is {budget}; the adapter has {self.parameters} parameters, give no more"
+            )
         if energy is not None and not 0 < energy <= 1:
             raise AdapterError(f"energy is {energy}; it has to be above 0 and at most 1")
         spectra = {name: _svd(f) for name, f in factors.items()}

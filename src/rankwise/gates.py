@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, TypeVar, cast
 
 import torch
@@ -117,9 +118,7 @@ class NestedGate(Gate):
         """Keeps the first `ranks[name]` pieces of each entry of this layer."""
         parts = []
         for name, size in zip(self.names, self.sizes, strict=True):
-            b = ranks.get(name)
-            if b is None or not 1 <= b <= size:
-                raise PlanError(f"{name!r} has ranks 1 to {size}; {b} is none of them")
+            b = ranks[name]
             parts.append(torch.cat([torch.full((b,), size / b), torch.zeros(size - b)]))
         self.g.copy_(torch.cat(parts))
 
@@ -290,11 +289,27 @@ def _attach(model: PeftModel, plan: RankPlan, gate: Callable[..., AnyGate]) -> d
 def set_ranks(gates: Mapping[str, NestedGate], ranks: int | Mapping[str, int]) -> None:
     """Makes nested gates keep the first b pieces: one b for all, or one per plan entry.
 
+    Args:
+        gates: what `attach_nested` returned.
+        ranks: b, or b by entry name.
+
     Raises:
-        PlanError: a rank below 1 or above what the entry has, or an entry without one.
+        PlanError: a rank below 1 or above what the entry has, or names that are not the entries'.
+            No gate has changed then.
+
+    Example:
+        >>> set_ranks(gates, 2)
     """
+    sizes = {n: r for g in gates.values() for n, r in zip(g.names, g.sizes, strict=True)}
+    wanted = ranks if isinstance(ranks, Mapping) else dict.fromkeys(sizes, ranks)
+    if odd := sorted(set(wanted) ^ set(sizes)):
+        raise PlanError(f"ranks and gates differ in the entry {odd[0]!r}; give one rank per entry")
+    for name, size in sizes.items():
+        b = wanted[name]
+        if not (isinstance(b, Integral) and 1 <= b <= size):
+            raise PlanError(f"{name!r} has ranks 1 to {size}; {b} is none of them")
     for gate in gates.values():
-        gate.set_ranks(dict.fromkeys(gate.names, ranks) if isinstance(ranks, int) else ranks)
+        gate.set_ranks({name: int(wanted[name]) for name in gate.names})
 
 
 def factors(model: PeftModel) -> dict[str, tuple[Tensor, Tensor]]:

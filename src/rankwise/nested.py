@@ -8,6 +8,8 @@ out of it.
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from numbers import Real
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from rankwise.methods import DyLoRA
 from rankwise.plan import RankPlan
 from rankwise.trainers import GatedTrainer
 
-RESAMPLES = 200  # of the bootstrap behind a standard error
+RESAMPLES = 100  # of the bootstrap behind a standard error, which is then known to 7 %
 FEW_BATCHES = 8  # too few for the standard error of a mean over batches
 
 logger = logging.get_logger(__name__)
@@ -68,7 +70,8 @@ class NestedTrainer(GatedTrainer):
         gated = gates.attach_nested(model, plan)
         super().__init__(model, args, configuration=configuration, **trainer)
         self.gated, self.method, self.r_max = gated, method, plan.r_max
-        self.plan = plan.with_ranks(plan.ranks, method=method.describe(), seed=args.seed)
+        about = plan.provenance | {"method": method.describe()}
+        self.plan = plan.with_ranks(plan.ranks, **about)
         self._factors = gates.factors(model)
         self._batch_losses: list[Tensor] = []
         self._confined = False
@@ -126,7 +129,7 @@ class NestedTrainer(GatedTrainer):
         """Of the last evaluation's mean loss, from the spread between its batches; 0 for one."""
         losses = self.accelerator.gather(torch.stack(self._batch_losses).to(self.args.device))
         if len(losses) < FEW_BATCHES:
-            logger.warning(
+            logger.warning_once(
                 f"the standard error of the loss comes from {len(losses)} evaluation batches; "
                 "lower per_device_eval_batch_size, or give compute_metrics"
             )
@@ -149,7 +152,7 @@ class NestedTrainer(GatedTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's name for `save_nested`; Trainer itself calls it for checkpoints."""
-        if _internal_call:
+        if _internal_call and output_dir is not None:  # a checkpoint; a push to the hub has none
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
             self.save_nested(output_dir or str(self.args.output_dir))
@@ -264,7 +267,7 @@ def curve(
             f"{type(trainer).__name__} trained one rank; a curve needs train(..., method='dylora')"
         )
     trained = trainer.method.trained(trainer.r_max)
-    wanted = trained if ranks is None else sorted(set(ranks))
+    wanted = trained if ranks is None else sorted({index(b) for b in ranks})
     if not wanted or len(dataset) == 0:
         raise RankwiseError("there are no ranks, or no rows, to measure; give some of both")
     if odd := [b for b in wanted if b not in trained]:
@@ -300,7 +303,11 @@ def _plain(metrics: Mapping[str, float]) -> dict[str, float]:
     """Trainer's metrics under their own names, without what describes the machine."""
     names = {name: name.removeprefix("eval_") for name in metrics}
     timing = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-    return {plain: float(metrics[n]) for n, plain in names.items() if plain not in timing}
+    return {
+        plain: float(metrics[name])
+        for name, plain in names.items()
+        if plain not in timing and isinstance(metrics[name], Real)  # a score by class is none
+    }
 
 
 def _standard_error(trainer: NestedTrainer, metric: str, output: EvalLoopOutput) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import Subset
 from transformers import PreTrainedModel, SchedulerType, Trainer, TrainingArguments, set_seed
@@ -18,7 +19,8 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from rankwise import gates
-from rankwise.errors import CheckpointError, DataError, PlanError, RankwiseError
+from rankwise.adapter import Adapter
+from rankwise.errors import AdapterError, CheckpointError, DataError, PlanError, RankwiseError
 from rankwise.methods import METHODS, AutoLoRA, DyLoRA, Method
 from rankwise.nested import Curve, NestedTrainer, curve, pick
 from rankwise.plan import RankPlan
@@ -220,11 +222,13 @@ def train(
     nested, configuration = None, None
     if method is not None:
         nested = _dylora(method)
-        check_nested(nested, plan)
+        plan = check_nested(nested, plan)
         args = search_args(args, nested)
         configuration = {"method": asdict(nested), "ranks": plan.ranks, "scaling": plan.scaling}
         configuration |= {"lora": lora, "train_sha256": fingerprint(train_dataset)}
         configuration |= {"world_size": args.world_size} | _decisive(args)
+        rows = configuration["train_sha256"]
+        plan = plan.with_ranks(plan.ranks, seed=args.seed, train_sha256=rows)
     checkpoint = find_checkpoint(args.output_dir, resume_from_checkpoint, configuration)
     set_seed(args.seed)
     peft_model = gates.build(model, plan, **lora)
@@ -240,15 +244,52 @@ def train(
     return trainer_
 
 
-def check_nested(method: DyLoRA, plan: RankPlan) -> None:
-    """Raises PlanError or RankwiseError where DyLoRA cannot train at this plan."""
-    if odd := {name: r for name, r in plan.ranks.items() if r != plan.r_max}:
-        name, r = next(iter(odd.items()))
+def load_nested(
+    model: PreTrainedModel, folder: str | Path, *, args: TrainingArguments, **trainer: Any
+) -> NestedTrainer:
+    """An adapter that DyLoRA trained, from disk on its base model: to measure, not to train anew.
+
+    Args:
+        model: the base model; it carries the adapter afterwards.
+        folder: what `save_nested` wrote, `nested/` of a run.
+        args: TrainingArguments, for the evaluation.
+        **trainer: passed on to transformers.Trainer (`compute_metrics`, `data_collator`, ...).
+
+    Returns:
+        The trainer as `train(..., method="dylora")` left it, for `curve` and `elastic`.
+
+    Raises:
+        AdapterError: no nested adapter there. PlanError: it is for another model.
+
+    Example:
+        >>> trainer = rankwise.load_nested(base, "runs/d/nested", args=args)
+        >>> rankwise.curve(trainer, other_rows).values
+        (0.41, 0.38, 0.38, 0.37)
+    """
+    adapter = Adapter.load(folder)
+    if adapter.plan is None or adapter.method is None:
+        raise AdapterError(f"{folder} holds an adapter of one rank; give nested/ of a DyLoRA run")
+    if args.label_names is None:
+        args = _replaced(args, label_names=["labels"])
+    args = search_args(args, adapter.method)
+    gates.check_fits(model, adapter.plan)
+    peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    about: dict[str, Any] = {"plan": adapter.plan, "method": adapter.method, "configuration": {}}
+    return NestedTrainer(peft_model, args, **about, **trainer)
+
+
+def check_nested(method: DyLoRA, plan: RankPlan) -> RankPlan:
+    """The plan with its one rank as the largest; raises PlanError or RankwiseError where DyLoRA
+    cannot train at it.
+    """
+    if len(ranks := set(plan.ranks.values())) != 1:
         raise PlanError(
-            f"DyLoRA draws one rank for all modules, up to {plan.r_max}, but {name!r} has rank "
-            f"{r}; give RankPlan.uniform(model, r)"
+            f"DyLoRA draws one rank for all modules, but the plan has ranks {min(ranks)} to "
+            f"{max(ranks)}; give RankPlan.uniform(model, r)"
         )
+    plan = replace(plan, r_max=ranks.pop())
     method.probabilities(plan.r_max)
+    return plan
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
@@ -420,21 +461,37 @@ def search_args(args: TrainingArguments, method: Method) -> TrainingArguments:
         raise RankwiseError(
             "torch.compile has no double backward; use finite_difference or no compile"
         )
+    if isinstance(method, DyLoRA):
+        _check_nested_args(args, method)
     changes: dict[str, Any] = {}
     if two_level:
         changes = {"eval_strategy": "no", "load_best_model_at_end": False}
-    elif args.load_best_model_at_end:
-        raise RankwiseError("load_best_model_at_end knows one rank; leave it out with dylora")
-    elif args.batch_eval_metrics or args.include_for_metrics:
-        raise RankwiseError(
-            "a standard error resamples predictions and labels; leave batch_eval_metrics and "
-            "include_for_metrics out"
-        )
     if args.gradient_checkpointing:
         # reentrant checkpointing refuses autograd.grad
         kwargs = args.gradient_checkpointing_kwargs or {}
         changes["gradient_checkpointing_kwargs"] = kwargs | {"use_reentrant": False}
     return _replaced(args, **changes)
+
+
+def _check_nested_args(args: TrainingArguments, method: DyLoRA) -> None:
+    if args.load_best_model_at_end:
+        raise RankwiseError("load_best_model_at_end knows one rank; leave it out with dylora")
+    if args.batch_eval_metrics or args.include_for_metrics:
+        raise RankwiseError(
+            "a standard error resamples predictions and labels; leave batch_eval_metrics and "
+            "include_for_metrics out"
+        )
+    if args.bf16_full_eval or args.fp16_full_eval:
+        raise RankwiseError(
+            "bf16_full_eval and fp16_full_eval round the factors themselves, and with them every "
+            "adapter cut afterwards; leave them out with dylora"
+        )
+    optim = OptimizerNames(args.optim).value
+    if method.frozen and ("layerwise" in optim or "lomo" in optim):
+        raise RankwiseError(
+            f"optim is {optim}, which steps inside the backward pass, where nothing can be kept "
+            "frozen; take another, or dylora without frozen"
+        )
 
 
 def _replaced(args: TrainingArguments, **changes: Any) -> TrainingArguments:

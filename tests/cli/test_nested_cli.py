@@ -166,6 +166,50 @@ def test_a_budget_gives_a_rank_that_was_trained(base, tmp_path):
     assert json.loads((tmp_path / "cut" / "adapter_config.json").read_text())["r"] == 1
 
 
+def test_a_finished_run_chooses_anew_without_training(finished, base, tmp_path, monkeypatch):
+    budget = 2 * PER_RANK
+    flags = ["--nested_adapter", str(finished), "--elastic", "--budget", str(budget)]
+
+    def never(*args, **kwargs):
+        raise AssertionError("trained again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NestedTrainer, "training_step", never)
+        main(["search", *base, *flags, "--output_dir", str(tmp_path / "out")])
+    found = metrics_of(tmp_path / "out")
+    assert found["steps"] == 0 and found["picked_by"] == "elastic"
+    ours = [m["loss"] for m in found["curve"]["metrics"]]
+    theirs = [m["loss"] for m in metrics_of(finished)["curve"]["metrics"]]
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert RankPlan.load(tmp_path / "out" / "plan.json").parameters <= budget
+    nested = [
+        load_file(f / "nested" / "adapter_model.safetensors") for f in (tmp_path / "out", finished)
+    ]
+    assert all(torch.equal(nested[0][key], nested[1][key]) for key in nested[1])
+    assert str(finished) not in (tmp_path / "out" / "metrics.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--seed", "1"], ["was not trained on the rows that these flags give"]),
+        (["--r", "3"], ["--r is 3, but the adapter has 4"]),
+        (["--r_min", "2"], ["DyLoRA's r_min 2, but the adapter was trained with 1"]),
+        (["--nested_adapter", "nowhere"], ["no adapter_config.json in nowhere", "nested"]),
+        (["--method", "autolora"], ["--nested_adapter is for --method dylora"]),
+    ],
+)
+def test_a_choice_out_of_another_run_is_refused(finished, base, tmp_path, capsys, flags, words):
+    argv = ["search", *base, "--nested_adapter", str(finished), *flags]
+    refused(capsys, [*argv, "--output_dir", str(tmp_path / "out")], *words)
+    refused(
+        capsys,
+        [*argv[: -len(flags)], "--nested_adapter", str(finished / "adapter"), "--output_dir", "x"],
+        "holds an adapter of one rank; give a DyLoRA run",
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_no_random_control_where_one_plan_has_the_size(base, tmp_path, capsys):
     flags = ["--pick_rank", "1", "--control", "random"]
     main(["run", *base, *flags, "--output_dir", str(tmp_path / "out")])

@@ -124,6 +124,9 @@ class NestedArguments:
         "how far below the best rank's metric the picked rank may lie; without it, one standard "
         "error",
     )
+    nested_adapter: str | None = _flag(
+        None, "folder of a finished DyLoRA run: choose anew out of what it trained, on its rows"
+    )
     pick_rank: int | None = _flag(None, "hand back this rank, whatever the curve says")
     budget: int | None = _flag(None, "hand back the largest rank of at most so many parameters")
     elastic: bool = _flag(

@@ -22,7 +22,7 @@ TYPES = (AdapterArguments, ModelArguments, DataArguments, FitArguments)
 def main(argv: Sequence[str]) -> None:
     """Evaluate a PEFT adapter on labelled rows. Prints JSON on standard output."""
     which, model, data, fit = parse("evaluate", main.__doc__ or "", TYPES, argv, max_length=None)
-    folder = _adapter_folder(Path(required(which.adapter, "adapter", "evaluate")))
+    folder = stages.adapter_folder(required(which.adapter, "adapter", "evaluate"), "adapter")
     config = _json(folder / "adapter_config.json")
     model.model_name_or_path = model.model_name_or_path or config.get("base_model_name_or_path")
     model.model_revision = model.model_revision or config.get("revision")
@@ -38,15 +38,6 @@ def main(argv: Sequence[str]) -> None:
     data.max_length = data.max_length or 128
     job = stages.load_job(model, data, fit, "evaluate", **options)
     print(json.dumps(stages.evaluate_adapter(job, folder), indent=2))
-
-
-def _adapter_folder(path: Path) -> Path:
-    for folder in (path, path / "adapter"):
-        if (folder / "adapter_config.json").is_file():
-            return folder
-    raise ModelError(
-        f"no adapter_config.json in {path} or in {path / 'adapter'}; give an adapter's folder"
-    )
 
 
 def _json(path: Path) -> dict[str, Any]:

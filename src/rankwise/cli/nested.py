@@ -5,32 +5,41 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from rich.progress import Progress
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 
 from rankwise import elastic, tasks, training
 from rankwise.adapter import Adapter
 from rankwise.cli import stages
 from rankwise.cli.arguments import LoraArguments, NestedArguments, SearchArguments
-from rankwise.errors import RankwiseError
+from rankwise.errors import AdapterError, DataError, RankwiseError
 from rankwise.files import write_json
-from rankwise.methods import DyLoRA
+from rankwise.gates import check_fits
+from rankwise.methods import METHODS, DyLoRA
 from rankwise.nested import Curve, NestedTrainer, curve, pick
 from rankwise.plan import RankPlan
 from rankwise.report import print_curve, save_curves
 
 
 def check_nested(
-    job: stages.Job, lora: LoraArguments, nested: NestedArguments, method: DyLoRA
+    job: stages.Job,
+    lora: LoraArguments,
+    search: SearchArguments,
+    nested: NestedArguments,
+    method: DyLoRA,
 ) -> None:
     """Finds what is wrong with the DyLoRA flags before there is an output folder."""
-    plan = _largest_plan(stages.fresh_model(job), lora)
-    training.check_nested(method, plan)
-    trained = method.trained(lora.r)
+    model = stages.fresh_model(job)
+    if nested.nested_adapter is None:
+        plan = training.check_nested(method, _largest_plan(model, lora))
+        trained = method.trained(lora.r)
+    else:
+        plan, trained = _trained_before(job, model, lora, search, nested, method)
     ways = [k for k in ("tolerance", "pick_rank", "budget") if getattr(nested, k) is not None]
     if len(ways) > 1:
         raise RankwiseError(f"--{ways[0]} and --{ways[1]} both choose the rank; give one")
@@ -40,8 +49,41 @@ def check_nested(
         raise RankwiseError(f"--tolerance is {nested.tolerance}; it has to be >= 0")
     if nested.elastic and nested.budget is None:
         raise RankwiseError("--elastic chooses ranks within a --budget; give one")
+    if nested.elastic:
+        _halves(job, stages.split_rows(job, search, method).validation)
     if nested.budget is not None:
         elastic.uniform_within(plan, nested.budget, trained)
+
+
+def _trained_before(
+    job: stages.Job,
+    model: PreTrainedModel,
+    lora: LoraArguments,
+    search: SearchArguments,
+    nested: NestedArguments,
+    method: DyLoRA,
+) -> tuple[RankPlan, list[int]]:
+    """The plan and the ranks of --nested_adapter, where the other flags agree with it."""
+    folder = stages.adapter_folder(nested.nested_adapter or "", "nested")
+    adapter = Adapter.load(folder)
+    if adapter.plan is None:
+        raise AdapterError(f"{folder} holds an adapter of one rank; give a DyLoRA run")
+    check_fits(model, adapter.plan)
+    if lora.r not in (adapter.plan.r_max, LoraArguments().r):
+        raise RankwiseError(f"--r is {lora.r}, but the adapter has {adapter.plan.r_max}; omit it")
+    if method not in (adapter.method, METHODS[search.method]):
+        key = next(k for k, v in vars(method).items() if v != getattr(adapter.method, k))
+        raise RankwiseError(
+            f"the flags give DyLoRA's {key} {getattr(method, key)!r}, but the adapter was trained "
+            f"with {getattr(adapter.method, key)!r}; leave them out"
+        )
+    rows = training.fingerprint(stages.split_rows(job, search, method).train)
+    if adapter.plan.provenance.get("train_sha256") != rows:
+        raise DataError(
+            f"{folder} was not trained on the rows that these flags give, so the others may be its "
+            "own; give its data flags, --validation_fraction and --seed"
+        )
+    return adapter.plan, adapter.trained_ranks
 
 
 def _largest_plan(model: PreTrainedModel, lora: LoraArguments) -> RankPlan:
@@ -65,6 +107,8 @@ def nested_stage(
 ) -> dict[str, Any]:
     """Trains all ranks at once, measures each, picks; writes plan.json, nested/ and the adapter.
 
+    With --nested_adapter they are trained already.
+
     Returns:
         Figures as `train_stage` gives them, and `curve`, `picked_by`, and `elastic` where asked.
     """
@@ -74,20 +118,25 @@ def nested_stage(
     folder = work / "search"
     args = stages.training_arguments(job, folder)
     data = stages.split_rows(job, search, method)
+    options = {"data_collator": tasks.data_collator(job.task, job.tokenizer)}
+    options |= stages.evaluation(job)
     with stages.measured(args.device) as measured:
         base = stages.fresh_model(job)
-        trainer = training.train(
-            base,
-            _largest_plan(base, lora),
-            data.train,
-            args=args,
-            method=method,
-            task_type=job.task.task_type,
-            lora_dropout=lora.lora_dropout,
-            resume_from_checkpoint=resume and training.last_checkpoint(folder) is not None,
-            data_collator=tasks.data_collator(job.task, job.tokenizer),
-            **stages.evaluation(job),
-        )
+        if nested.nested_adapter is not None:
+            source = stages.adapter_folder(nested.nested_adapter, "nested")
+            trainer: Trainer = training.load_nested(base, source, args=args, **options)
+        else:
+            trainer = training.train(
+                base,
+                _largest_plan(base, lora),
+                data.train,
+                args=args,
+                method=method,
+                task_type=job.task.task_type,
+                lora_dropout=lora.lora_dropout,
+                resume_from_checkpoint=resume and training.last_checkpoint(folder) is not None,
+                **options,
+            )
     assert isinstance(trainer, NestedTrainer)
     stages.name_base(job, trainer.model)
     trainer.save_nested(work / "nested")
@@ -112,6 +161,7 @@ def nested_stage(
             **stages.sizes(plan, trainer),
             "steps": trainer.state.global_step,
             "nested_train_rows": len(data.train),
+            "dylora": asdict(nested) | {"nested_adapter": nested.nested_adapter is not None},
             "eval": scores,
             **found,
         },
@@ -133,8 +183,11 @@ def _choose(
     about = trainer.plan.provenance | figures
     if nested.elastic and nested.budget is not None:
         with _progress("loss of each module at each rank", _count(trainer, found)) as counted:
-            loss = counted(elastic.validation_loss(trainer, data.validation))
-            choice = elastic.choose(loss, trainer.plan, nested.budget, found.ranks)
+            loss, check = (
+                counted(elastic.validation_loss(trainer, rows))
+                for rows in _halves(job, data.validation)
+            )
+            choice = elastic.choose(loss, trainer.plan, nested.budget, found.ranks, check)
         figures |= {"picked_by": "elastic", "elastic": _elastic_figures(choice)}
         return choice.plan.with_ranks(choice.plan.ranks, **about, budget=nested.budget), figures
     if nested.budget is not None:
@@ -145,6 +198,12 @@ def _choose(
     by = "tolerance" if nested.tolerance is not None else "one standard error"
     figures["picked_by"] = "the user" if nested.pick_rank else by
     return trainer.plan.with_ranks(dict.fromkeys(trainer.plan.modules, b), **about), figures
+
+
+def _halves(job: stages.Job, rows: Dataset) -> tuple[Dataset, Dataset]:
+    """The validation rows that ranks by layer are chosen on, and those that say if they pay."""
+    two = training.two_sets(rows, None, 0.5, job.fit.seed)
+    return two.train, two.validation
 
 
 def _elastic_figures(choice: elastic.Choice) -> dict[str, Any]:
@@ -160,7 +219,7 @@ def _elastic_figures(choice: elastic.Choice) -> dict[str, Any]:
 
 
 def _count(trainer: NestedTrainer, found: Curve) -> int:
-    return len(trainer.plan.modules) * (len(found.ranks) - 1) + 2
+    return len(trainer.plan.modules) * (len(found.ranks) - 1) + 3
 
 
 @contextmanager
@@ -195,15 +254,17 @@ def svd_stage(
         return json.loads(done.read_text())
     figures = stages.train_stage(job, largest, work, "svd", resume, lora.lora_dropout, rows)
     budget = Adapter.load(work / "arms" / "plan" / "adapter").parameters
+    counted = RankPlan.load(work / "plan.json").parameters / budget  # a fused layer stores zeros
     adapter = Adapter.load(folder / "adapter").truncate_svd(budget=budget)
     shutil.rmtree(folder / "cut", ignore_errors=True)
     adapter.save(folder / "cut")
     head = figures["trainable_parameters"] - figures["lora_parameters"]
     ranks = [factors.r for factors in adapter.factors().values()]
+    parameters = round(adapter.parameters * counted)
     figures |= {
         "eval": stages.evaluate_adapter(job, folder / "cut"),
-        "lora_parameters": adapter.parameters,
-        "trainable_parameters": adapter.parameters + head,
+        "lora_parameters": parameters,
+        "trainable_parameters": parameters + head,
         "mean_rank": round(sum(ranks) / len(ranks), 4),
     }
     write_json(done, figures)
@@ -211,7 +272,7 @@ def svd_stage(
 
 
 def plot(metrics: dict[str, Any], plan: RankPlan, path: Path) -> None:
-    """The metric against the rank, with standard errors, and the picked rank."""
+    """The metric against the rank, with standard errors, and the picked rank; needs matplotlib."""
     found = metrics["curve"]
     values = [scores[found["metric"]] for scores in found["metrics"]]
     save_curves(
@@ -228,9 +289,10 @@ def report(metrics: dict[str, Any], plan: RankPlan, folder: Path) -> None:
     print_curve(metrics)
     one = _one_rank(plan)
     what = "ranks by layer" if one is None else f"rank {one}"
+    drawn = "the curve is in curve.png, and " if (folder / "curve.png").is_file() else ""
     stages.console.print(
-        f"picked {what} ({metrics['picked_by']}); the curve is in curve.png, and every other rank "
-        f"in {folder / 'nested'}:"
+        f"picked {what} ({metrics['picked_by']}); {drawn}every other rank is in "
+        f"{folder / 'nested'}:"
     )
     least = metrics["curve"]["ranks"][0]
     command = f"rankwise truncate --adapter {folder / 'nested'} --r {least} --output_dir DIR"
@@ -248,7 +310,7 @@ def _say_whether_it_pays(found: dict[str, Any]) -> None:
     ours, theirs = found["elastic_loss"], found["uniform_loss"]
     how = "below" if found["pays"] else "not below, so the uniform rank was kept:"
     stages.console.print(
-        f"ranks by layer: validation loss {ours:.4f} at {found['parameters']:,} parameters, {how} "
-        f"{theirs:.4f} of rank {found['uniform_rank']} everywhere "
-        f"({found['uniform_parameters']:,})"
+        f"ranks by layer: loss {ours:.4f} at {found['parameters']:,} parameters on the half of the "
+        f"validation rows that they were not chosen on, {how} {theirs:.4f} of rank "
+        f"{found['uniform_rank']} everywhere ({found['uniform_parameters']:,})"
     )

@@ -61,7 +61,7 @@ def run(
     stages.check_training(job)
     stages.check_search(job, lora, search, method, controls.control_r)
     if isinstance(method, DyLoRA):
-        dylora.check_nested(job, lora, nested, method)
+        dylora.check_nested(job, lora, search, nested, method)
     parts = (model, data, lora, search, nested, controls, fit)
     settings = {k: v for part in parts for k, v in asdict(part).items()}
     resume = output.resume_from_checkpoint
@@ -72,8 +72,9 @@ def run(
     rows = None  # of the training set: all
     if isinstance(method, DyLoRA):
         count = 1 + len(wanted)
-        _stage(1, count, f"training ranks {method.r_min} to {lora.r} at once with {search.method}")
-        metrics |= {"dylora": asdict(nested)}
+        ranks = f"ranks {method.r_min} to {lora.r} at once with {search.method}"
+        known = nested.nested_adapter is not None
+        _stage(1, count, "measuring what was trained already" if known else f"training {ranks}")
         metrics |= dylora.nested_stage(job, lora, search, nested, method, work, resume)
         # its rank was chosen on the other rows, and it is not retrained: controls get no more
         rows = stages.split_rows(job, search, method).train

@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     stages.check_training(job)
     stages.check_search(job, lora, search, method)
     if isinstance(method, DyLoRA):
-        dylora.check_nested(job, lora, nested, method)
+        dylora.check_nested(job, lora, search, nested, method)
     parts = (model, data, lora, search, nested, fit)
     settings = {k: v for part in parts for k, v in asdict(part).items()}
     resume = output.resume_from_checkpoint
@@ -60,7 +60,6 @@ def main(argv: Sequence[str]) -> None:
     }
     arms = {}
     if isinstance(method, DyLoRA):
-        metrics |= {"dylora": asdict(nested)}
         metrics |= dylora.nested_stage(job, lora, search, nested, method, work, resume)
         arms = {search.method: metrics}
     else:

@@ -34,7 +34,7 @@ from rankwise.cli.arguments import (
     SearchArguments,
     required,
 )
-from rankwise.errors import DataError, DivergedError, ModelError, RankwiseError
+from rankwise.errors import AdapterError, DataError, DivergedError, ModelError, RankwiseError
 from rankwise.files import write_json
 from rankwise.gates import find_entries
 from rankwise.methods import METHODS, DyLoRA, Method
@@ -384,6 +384,15 @@ def name_base(job: Job, model: PeftModel) -> None:
     for config in model.peft_config.values():
         config.base_model_name_or_path = job.model.model_name_or_path
         config.revision = job.model.model_revision
+
+
+def adapter_folder(path: str | Path, *within: str) -> Path:
+    """The folder of an adapter: the path itself, or a run's folder by these names in it."""
+    for folder in (Path(path), *(Path(path) / name for name in within)):
+        if (folder / "adapter_config.json").is_file():
+            return folder
+    inside = f", nor in its {' or '.join(within)}/" if within else ""
+    raise AdapterError(f"no adapter_config.json in {path}{inside}; give an adapter's folder")
 
 
 def describe_adapter(job: Job, folder: Path) -> None:

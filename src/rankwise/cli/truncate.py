@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rankwise.adapter import Adapter
 from rankwise.cli.arguments import AdapterArguments, CutArguments, OutputArguments, parse, required
-from rankwise.cli.stages import console
+from rankwise.cli.stages import adapter_folder, console
 from rankwise.elastic import uniform_within
 from rankwise.errors import AdapterError, OutputError
 from rankwise.files import replace_folder
@@ -23,7 +23,8 @@ def main(argv: Sequence[str]) -> None:
     truncated by the exact SVD of its own updates.
     """
     which, cut, output = parse("truncate", main.__doc__ or "", TYPES, argv)
-    source = _folder(Path(required(which.adapter, "adapter", "truncate")))
+    # of a run the nested one, before the one that was picked out of it
+    source = adapter_folder(required(which.adapter, "adapter", "truncate"), "nested", "adapter")
     target = Path(required(output.output_dir, "output_dir", "truncate"))
     ways = [name for name in ("r", "energy", "budget", "plan") if getattr(cut, name) is not None]
     if len(ways) != 1:
@@ -42,17 +43,9 @@ def main(argv: Sequence[str]) -> None:
     replace_folder(work, target)
     print_cuts(smaller.cuts)
     console.print(
-        f"{adapter.parameters:,} -> {smaller.parameters:,} LoRA parameters, a stock PEFT adapter "
-        f"in {target}"
+        f"{adapter.parameters:,} -> {smaller.parameters:,} stored LoRA parameters, a stock PEFT "
+        f"adapter in {target}"
     )
-
-
-def _folder(path: Path) -> Path:
-    """The adapter's own folder, or within a run's the nested one before the picked one."""
-    for folder in (path, path / "nested", path / "adapter"):
-        if (folder / "adapter_config.json").is_file():
-            return folder
-    raise AdapterError(f"no adapter_config.json in {path}; give an adapter's folder, or a run's")
 
 
 def _check_target(target: Path, source: Path, output: OutputArguments) -> None:

@@ -51,12 +51,18 @@ class DyLoRA:
             )
         if self.weights is not None and self.distribution != "uniform":
             raise RankwiseError("weights are a distribution of their own; leave the other out")
+        if self.weights is not None:  # a list, or numpy's numbers, which JSON does not hold
+            object.__setattr__(self, "weights", tuple(map(float, self.weights)))
         if not 0 < self.p < 1:
             raise RankwiseError(f"p is {self.p}; it has to lie between 0 and 1")
         if self.weights is not None and not all(0 <= w <= 1 for w in self.weights):
             raise RankwiseError(f"weights are {self.weights}; each has to lie from 0 to 1")
         if self.weights is not None and abs(sum(self.weights) - 1) > 1e-6:
             raise RankwiseError(f"weights sum to {sum(self.weights):g}; they have to sum to 1")
+        if self.weights is not None and self.weights[-1] == 0:
+            raise RankwiseError(
+                "the last weight is 0, so the largest rank would never be trained; lower r instead"
+            )
 
     def probabilities(self, r_max: int) -> dict[int, float]:
         """The probability of every b from r_min to r_max.
