@@ -22,7 +22,8 @@ ARMS = {
     "LoRA trained at that rank": "lora",
     "DyLoRA": "dylora",
     "DyLoRA, frozen": "dylora-frozen",
-    "LoRA of rank 8, SVD": "svd",
+    "LoRA of rank 8, cut by SVD": "svd",
+    "LoRA of rank 8, first pieces": "first-pieces",
 }
 
 
@@ -39,7 +40,7 @@ def load() -> dict[str, list[dict[str, Any]]]:
     runs: dict[str, list[dict[str, Any]]] = {}
     for path in sorted((HERE / "results" / "dylora").glob("*-seed*.json")):
         run = json.loads(path.read_text())
-        wanted = {"dylora", "dylora-frozen", "svd", *(f"lora-{b}" for b in RANKS)}
+        wanted = {*ARMS.values(), *(f"lora-{b}" for b in RANKS)} - {"lora"}
         if wanted <= set(run["arms"]):
             runs.setdefault(path.name.partition("-seed")[0], []).append(run)
     return runs
@@ -101,10 +102,14 @@ def mean_over_tasks(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     return {"tasks": list(runs), "seeds": seeds, **spreads(scores)}
 
 
-def elastic(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Ranks by layer minus one rank at the same size, on rows that they were not chosen on."""
+def elastic(runs: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Ranks by layer minus one rank at the same size, on rows that they were not chosen on; None
+    for a task with too few rows.
+    """
     metric = runs[0]["task"]["metrics"][0]
     of = [run["arms"]["elastic"] for run in runs if "elastic" in run["arms"]]
+    if not of:
+        return None
     return {
         "rank": of[0]["rank"],
         "rows_chosen_on": of[0]["rows_chosen_on"],
@@ -116,32 +121,47 @@ def elastic(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def tables(summary: dict[str, Any]) -> str:
-    mean = summary["mean"]
-    names, seeds = list(ARMS), ", ".join(map(str, mean["seeds"]))
+    parts = [mean_table(summary["mean"]), task_table(summary["tasks"])]
+    return "\n\n".join([*parts, elastic_table(summary["tasks"])])
+
+
+def mean_table(mean: dict[str, Any]) -> str:
+    seeds = ", ".join(map(str, mean["seeds"]))
+    others = {name: arm for name, arm in ARMS.items() if arm != "lora"}
     lines = [
-        f"Mean over {', '.join(mean['tasks'])}; points, mean ± sd over seeds {seeds}:",
+        f"Mean over {', '.join(mean['tasks'])}; points, mean ± sd over seeds {seeds}. LoRA is "
+        "trained at each rank; the other columns are differences to it:",
         "",
-        "| rank | " + " | ".join(names) + " | DyLoRA − LoRA | frozen − LoRA | SVD − LoRA |",
-        "| ---: |" + " ---: |" * 7,
+        "| rank | LoRA | " + " | ".join(others) + " |",
+        "| ---: |" + " ---: |" * (len(others) + 1),
     ]
     for b in RANKS:
-        cells = [points(mean["scores"][arm][b]) for arm in ARMS.values()]
-        cells += [points(mean["minus_lora"][arm][b], sign=True) for arm in list(ARMS.values())[1:]]
-        lines.append(f"| {b} | {' | '.join(cells)} |")
-    lines += ["", "By task, at four of the ranks:", ""]
-    lines += [
-        "| task, metric | rank | " + " | ".join(names) + " | seeds |",
-        "| --- |" + " ---: |" * 6,
+        cells = [points(mean["minus_lora"][arm][b], sign=True) for arm in others.values()]
+        lines.append(f"| {b} | {points(mean['scores']['lora'][b])} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def task_table(tasks: dict[str, Any]) -> str:
+    lines = [
+        "By task, the scores at four of the ranks:",
+        "",
+        "| task, metric | rank | " + " | ".join(ARMS) + " | seeds |",
+        "| --- |" + " ---: |" * (len(ARMS) + 2),
     ]
-    for task, found in summary["tasks"].items():
+    for task, found in tasks.items():
         for b in ("1", "2", "4", "8"):
             cells = [points(found["scores"][arm][b]) for arm in ARMS.values()]
             name = f"{task}, {METRIC[found['metric']]}"
             lines.append(f"| {name} | {b} | {' | '.join(cells)} | {len(found['seeds'])} |")
-    lines += ["", "Ranks by layer (`--elastic`) against one rank at the same size:", ""]
+    return "\n".join(lines)
+
+
+def elastic_table(tasks: dict[str, Any]) -> str:
+    lines = ["Ranks by layer (`--elastic`) against one rank at the same size:", ""]
     lines += ["| task, metric | rank 3 everywhere | by layer | gain |", "| --- |" + " ---: |" * 3]
-    for task, found in summary["tasks"].items():
-        by_layer = found["elastic"]
+    for task, found in tasks.items():
+        if (by_layer := found["elastic"]) is None:
+            continue
         cells = [points(by_layer["uniform"]), points(by_layer["elastic"])]
         cells.append(points(by_layer["gain"], sign=True))
         lines.append(f"| {task}, {METRIC[found['metric']]} | {' | '.join(cells)} |")
@@ -149,12 +169,14 @@ def tables(summary: dict[str, Any]) -> str:
 
 
 def draw(summary: dict[str, Any], path: Path) -> None:
-    """One panel per task: four curves over ranks, a band of one sd over seeds."""
+    """One panel per task: a curve over ranks for each arm, a band of one sd over seeds."""
     tasks = summary["tasks"]
-    figure = Figure(figsize=(max(7.5, 3.3 * len(tasks)), 3.4), layout="constrained")
+    rows = 1 if len(tasks) < 4 else 2
+    columns = -(-len(tasks) // rows)
+    figure = Figure(figsize=(max(7.5, 3.6 * columns), 3.2 * rows + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
-    for axes, (task, found) in zip(panels, tasks.items(), strict=True):
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, (task, found) in zip(panels, tasks.items(), strict=False):
         series = {}
         for name, arm in ARMS.items():
             values = [found["scores"][arm][b] for b in RANKS]
@@ -164,8 +186,10 @@ def draw(summary: dict[str, Any], path: Path) -> None:
         axes.set_title(f"{task}, seeds: {len(found['seeds'])}", fontsize=10)
         axes.set_ylabel(f"{METRIC[found['metric']]}, points")
         axes.set_xlabel("rank")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    for axes in list(panels)[len(tasks) :]:
+        axes.set_axis_off()
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     with temporary_name(path) as temporary:
         figure.savefig(temporary, dpi=130, format="png")
 
