@@ -271,7 +271,15 @@ def attach(
 
 
 def attach_nested(model: PeftModel, plan: RankPlan) -> dict[str, NestedGate]:
-    """The same with a gate that keeps the first b pieces of every layer; see `set_ranks`."""
+    """The same with a gate that keeps the first b pieces of every layer, at first all of them.
+
+    Args:
+        model: PEFT model at the plan's ranks.
+        plan: says which entries share a layer, and their sizes.
+
+    Returns:
+        The gates by module name, in the plan's order, for `set_ranks`.
+    """
     return _attach(model, plan, NestedGate)
 
 
