@@ -187,6 +187,7 @@ def test_a_finished_run_chooses_anew_without_training(finished, base, tmp_path, 
     ]
     assert all(torch.equal(nested[0][key], nested[1][key]) for key in nested[1])
     assert str(finished) not in (tmp_path / "out" / "metrics.json").read_text()
+    assert "an earlier run had trained" in (tmp_path / "out" / "adapter" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,6 @@ def write_card(
     """
     model = metrics["model"]
     config = json.loads((folder / "adapter_config.json").read_text())
-    training = metrics["training"]
-    rows = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
     body = [
         f"# LoRA adapter for {model} on {task.name}",
         "",
@@ -48,13 +46,22 @@ def write_card(
         "",
         "## Training",
         "",
-        f"AdamW, learning rate {training['learning_rate']:g}, {metrics['steps']} steps of "
-        f"{rows} rows per device, seed {training['seed']}, scaling {plan.scaling:g} "
-        "(lora_alpha / r) in every layer.",
+        f"{_training(metrics)} Scaling {plan.scaling:g} (lora_alpha / r) in every layer.",
         "",
     ]
     header = card_header(config["base_model_name_or_path"])
     write_text(folder / "README.md", header + "\n".join(body))
+
+
+def _training(metrics: dict[str, Any]) -> str:
+    if metrics["steps"] == 0:
+        return "Cut out of an adapter that an earlier run had trained."
+    training = metrics["training"]
+    rows = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
+    return (
+        f"AdamW, learning rate {training['learning_rate']:g}, {metrics['steps']} steps of {rows} "
+        f"rows per device, seed {training['seed']}."
+    )
 
 
 def _choice(plan: RankPlan) -> str:
