@@ -228,8 +228,8 @@ def truncated(job: Job, adapter: Adapter, b: int) -> dict[str, float]:
 
 
 def first_pieces(trainer: Trainer, job: Job) -> dict[str, dict[str, float]]:
-    """The metrics of LoRA cut to its own first b columns of B and rows of A, which have no order:
-    the truncation that the paper compares with. Leaves the model at rank 1.
+    """The metrics of LoRA cut to its own first b columns of B and rows of A, which have no order,
+    the way a DyLoRA adapter is cut. Leaves the model at rank 1.
     """
     found = {}
     for b in range(R, 0, -1):
