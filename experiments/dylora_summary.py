@@ -216,7 +216,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     columns = -(-len(tasks) // rows)
     figure = Figure(figsize=(max(7.5, 3.6 * columns), 3.2 * rows + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, (task, found) in zip(panels, tasks.items(), strict=False):
         series = {}
         for name, arm in ARMS.items():
@@ -227,7 +227,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
         axes.set_title(f"{task}, seeds: {len(found['seeds'])}", fontsize=10)
         axes.set_ylabel(f"{METRIC[found['metric']]}, points")
         axes.set_xlabel("rank")
-    for axes in list(panels)[len(tasks) :]:
+    for axes in panels[len(tasks) :]:
         axes.set_axis_off()
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
