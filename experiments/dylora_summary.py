@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from summary import METRIC, points, replace_block, spread
+from summary import METRIC, label, points, replace_block, spread, table
 
 from rankwise.files import temporary_name, write_json, write_text
 from rankwise.report import draw_curves
@@ -19,6 +19,7 @@ HERE = Path(__file__).parent
 DOC = HERE.parent / "docs" / "dylora.md"
 UNLEARNED = ("cola", "rte")
 RANKS = [str(b) for b in range(1, 9)]
+SHOWN = ("1", "2", "4", "8")
 ARMS = {
     "LoRA trained at that rank": "lora",
     "DyLoRA": "dylora",
@@ -150,63 +151,54 @@ def tables(summary: dict[str, Any]) -> str:
 def mean_table(mean: dict[str, Any]) -> str:
     seeds = ", ".join(map(str, mean["seeds"]))
     others = {name: arm for name, arm in ARMS.items() if arm != "lora"}
-    lines = [
-        f"Mean over {', '.join(mean['tasks'])}; points, mean ± sd over seeds {seeds}. LoRA is "
-        "trained at each rank; the other columns are differences to it:",
-        "",
-        "| rank | LoRA | " + " | ".join(others) + " |",
-        "| ---: |" + " ---: |" * (len(others) + 1),
-    ]
+    rows = []
     for b in RANKS:
-        cells = [points(mean["minus_lora"][arm][b], sign=True) for arm in others.values()]
-        lines.append(f"| {b} | {points(mean['scores']['lora'][b])} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        gaps = [points(mean["minus_lora"][arm][b], sign=True) for arm in others.values()]
+        rows.append([b, points(mean["scores"]["lora"][b]), *gaps])
+    return (
+        f"Mean over {', '.join(mean['tasks'])}; points, mean ± sd over seeds {seeds}. LoRA is "
+        "trained at each rank; the other columns are differences to it:\n\n"
+        + table(["rank", "LoRA", *others], rows)
+    )
 
 
 def task_table(tasks: dict[str, Any]) -> str:
-    lines = [
-        "By task, the scores at four of the ranks:",
-        "",
-        "| task, metric | rank | " + " | ".join(ARMS) + " | seeds |",
-        "| --- |" + " ---: |" * (len(ARMS) + 2),
-    ]
+    rows = []
     for task, found in tasks.items():
-        for b in ("1", "2", "4", "8"):
-            cells = [points(found["scores"][arm][b]) for arm in ARMS.values()]
-            name = f"{task}, {METRIC[found['metric']]}"
-            lines.append(f"| {name} | {b} | {' | '.join(cells)} | {len(found['seeds'])} |")
-    return "\n".join(lines)
+        for b in SHOWN:
+            scores = [points(found["scores"][arm][b]) for arm in ARMS.values()]
+            rows.append([label(task, found), b, *scores, len(found["seeds"])])
+    head = ["task, metric", "rank", *ARMS, "seeds"]
+    return "By task, the scores at four of the ranks:\n\n" + table(head, rows)
 
 
 def longer_table(tasks: dict[str, Any]) -> str:
-    lines = [
-        "DyLoRA trained four times as long, which is half of what LoRA at each rank takes:",
-        "",
-    ]
-    lines += ["| task, metric | rank | LoRA | DyLoRA | longer | longer − LoRA | seeds |"]
-    lines += ["| --- |" + " ---: |" * 6]
-    if not (of := {task: found for task, found in tasks.items() if found["longer"]}):
+    rows = []
+    for task, found in tasks.items():
+        if (run := found["longer"]) is None:
+            continue
+        for b in SHOWN:
+            scores = [points(run["scores"][arm][b]) for arm in ("lora", "dylora", "dylora-longer")]
+            gap = points(run["minus_lora"]["dylora-longer"][b], sign=True)
+            rows.append([label(task, found), b, *scores, gap, len(run["seeds"])])
+    if not rows:
         return ""
-    for task, found in of.items():
-        run = found["longer"]
-        for b in ("1", "2", "4", "8"):
-            cells = [points(run["scores"][arm][b]) for arm in ("lora", "dylora", "dylora-longer")]
-            cells.append(points(run["minus_lora"]["dylora-longer"][b], sign=True))
-            name = f"{task}, {METRIC[found['metric']]}"
-            lines.append(f"| {name} | {b} | {' | '.join(cells)} | {len(run['seeds'])} |")
-    return "\n".join(lines)
+    head = ["task, metric", "rank", "LoRA", "DyLoRA", "longer", "longer − LoRA", "seeds"]
+    return (
+        "DyLoRA trained four times as long, which is half of what LoRA at each rank takes:\n\n"
+        + table(head, rows)
+    )
 
 
 def elastic_table(tasks: dict[str, Any]) -> str:
-    lines = ["Ranks by layer (`--elastic`) against one rank at the same size:", ""]
-    lines += ["| task, metric | rank 3 everywhere | by layer | gain |", "| --- |" + " ---: |" * 3]
+    rows = []
     for task, found in tasks.items():
         if (by_layer := found["elastic"]) is None:
             continue
-        cells = [points(by_layer["uniform"]), points(by_layer["elastic"])]
-        cells.append(points(by_layer["gain"], sign=True))
-        lines.append(f"| {task}, {METRIC[found['metric']]} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        scores = [points(by_layer["uniform"]), points(by_layer["elastic"])]
+        rows.append([label(task, found), *scores, points(by_layer["gain"], sign=True)])
+    head = ["task, metric", "rank 3 everywhere", "by layer", "gain"]
+    return "Ranks by layer (`--elastic`) against one rank at the same size:\n\n" + table(head, rows)
 
 
 def draw(summary: dict[str, Any], path: Path) -> None:

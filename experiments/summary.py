@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 import statistics
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -141,50 +142,58 @@ def mean_correlation(vectors: np.ndarray) -> float:
 
 
 def results_table(summary: dict[str, Any]) -> str:
-    lines = [
-        "| task, metric | "
-        + " | ".join(ARMS)
-        + " | learned − uniform | learned − random | seeds |",
-        "| --- |" + " ---: |" * (len(ARMS) + 3),
-    ]
+    rows = []
     for task, found in sorted(summary.items(), key=order):
-        cells = [points(found["score"][arm]) for arm in ARMS]
-        cells += [points(found["gain_over"][arm], sign=True) for arm in list(ARMS)[1:]]
-        name = f"{task}, {METRIC[found['metric']]}"
-        lines.append(f"| {name} | {' | '.join(cells)} | {len(found['seeds'])} |")
-    return "\n".join(lines)
+        scores = [points(found["score"][arm]) for arm in ARMS]
+        gains = [points(found["gain_over"][arm], sign=True) for arm in list(ARMS)[1:]]
+        rows.append([label(task, found), *scores, *gains, len(found["seeds"])])
+    head = ["task, metric", *ARMS, "learned − uniform", "learned − random", "seeds"]
+    return table(head, rows)
 
 
 def agreement_table(summary: dict[str, Any]) -> str:
-    lines = [
-        "| task | ranks found | mean rank | correlation of ranks between seeds | p (permutation) |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
+    rows = []
     for task, found in sorted(summary.items(), key=order):
         if found["agreement"] is None:
             continue
-        mean = found["mean_rank"]
-        lines.append(
-            f"| {task} | {found['lowest_rank']} to {found['highest_rank']} "
-            f"| {mean['mean']:.2f} ± {mean['sd']:.2f} "
-            f"| {found['agreement']['mean_correlation']:+.2f} | {found['agreement']['p']:.2f} |"
+        mean, agreement = found["mean_rank"], found["agreement"]
+        rows.append(
+            [
+                task,
+                f"{found['lowest_rank']} to {found['highest_rank']}",
+                f"{mean['mean']:.2f} ± {mean['sd']:.2f}",
+                f"{agreement['mean_correlation']:+.2f}",
+                f"{agreement['p']:.2f}",
+            ]
         )
-    return "\n".join(lines)
+    correlation = "correlation of ranks between seeds"
+    return table(["task", "ranks found", "mean rank", correlation, "p (permutation)"], rows)
 
 
 def cost_table(found: dict[str, Any]) -> str:
     """What a step costs, as ratios to plain LoRA's in the same run."""
-    lines = ["| step | time | peak memory | all ranks |", "| --- | ---: | ---: | ---: |"]
+    rows = []
     for key, name in STEPS.items():
         ratios = found["ratios_to_lora"][key]
         time = f"{ratios['time']:.2f} ({ratios['time_q1']:.2f} to {ratios['time_q3']:.2f})"
         every = f"{ratios['all_ranks']:.3f}" if "all_ranks" in ratios else ""
-        lines.append(f"| {name} | {time} | {ratios['peak']:.2f} | {every} |")
-    return "\n".join(lines)
+        rows.append([name, time, f"{ratios['peak']:.2f}", every])
+    return table(["step", "time", "peak memory", "all ranks"], rows)
 
 
 def order(item: tuple[str, dict[str, Any]]) -> tuple[int, str]:
     return -len(item[1]["seeds"]), item[0]
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Markdown: the first column to the left, the others to the right as numbers are."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def label(task: str, found: dict[str, Any]) -> str:
+    """A task and its metric, at the head of a row."""
+    return f"{task}, {METRIC[found['metric']]}"
 
 
 def points(value: dict[str, float], sign: bool = False) -> str:

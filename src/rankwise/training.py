@@ -217,29 +217,26 @@ def train(
         >>> trainer.model.save_pretrained("adapter")
     """
     lora = {"task_type": task_type or task_type_of(model), "lora_dropout": lora_dropout}
-    if args.label_names is None:  # Trainer cannot read them off a PEFT model
-        args = _replaced(args, label_names=["labels"])
-    nested, configuration = None, None
+    args = _labelled(args)
+    kind: type[FiniteTrainer] = FiniteTrainer
+    about: dict[str, Any] = {}
     if method is not None:
         nested = _dylora(method)
         plan = check_nested(nested, plan)
         args = search_args(args, nested)
+        rows = fingerprint(train_dataset)
         configuration = {"method": asdict(nested), "ranks": plan.ranks, "scaling": plan.scaling}
-        configuration |= {"lora": lora, "train_sha256": fingerprint(train_dataset)}
+        configuration |= {"lora": lora, "train_sha256": rows}
         configuration |= {"world_size": args.world_size} | _decisive(args)
-        rows = configuration["train_sha256"]
         plan = plan.with_ranks(plan.ranks, seed=args.seed, train_sha256=rows)
-    checkpoint = find_checkpoint(args.output_dir, resume_from_checkpoint, configuration)
+        kind = NestedTrainer
+        about = {"plan": plan, "method": nested, "configuration": configuration}
+    checkpoint = find_checkpoint(
+        args.output_dir, resume_from_checkpoint, about.get("configuration")
+    )
     set_seed(args.seed)
     peft_model = gates.build(model, plan, **lora)
-    trainer["train_dataset"] = train_dataset
-    trainer_: FiniteTrainer = (
-        FiniteTrainer(peft_model, args, **trainer)
-        if nested is None or configuration is None
-        else NestedTrainer(
-            peft_model, args, plan=plan, method=nested, configuration=configuration, **trainer
-        )
-    )
+    trainer_ = kind(peft_model, args, train_dataset=train_dataset, **about, **trainer)
     trainer_.train(resume_from_checkpoint=checkpoint)
     return trainer_
 
@@ -269,13 +266,12 @@ def load_nested(
     adapter = Adapter.load(folder)
     if adapter.plan is None or adapter.method is None:
         raise AdapterError(f"{folder} holds an adapter of one rank; give nested/ of a DyLoRA run")
-    if args.label_names is None:
-        args = _replaced(args, label_names=["labels"])
-    args = search_args(args, adapter.method)
+    args = search_args(_labelled(args), adapter.method)
     gates.check_fits(model, adapter.plan)
     peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-    about: dict[str, Any] = {"plan": adapter.plan, "method": adapter.method, "configuration": {}}
-    return NestedTrainer(peft_model, args, **about, **trainer)
+    return NestedTrainer(
+        peft_model, args, plan=adapter.plan, method=adapter.method, configuration={}, **trainer
+    )
 
 
 def check_nested(method: DyLoRA, plan: RankPlan) -> RankPlan:
@@ -492,6 +488,11 @@ def _check_nested_args(args: TrainingArguments, method: DyLoRA) -> None:
             f"optim is {optim}, which steps inside the backward pass, where nothing can be kept "
             "frozen; take another, or dylora without frozen"
         )
+
+
+def _labelled(args: TrainingArguments) -> TrainingArguments:
+    """With the name of the labels, which Trainer cannot read off a PEFT model."""
+    return args if args.label_names is not None else _replaced(args, label_names=["labels"])
 
 
 def _replaced(args: TrainingArguments, **changes: Any) -> TrainingArguments:
