@@ -39,9 +39,10 @@ from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 import rankwise
-from rankwise import gates, tasks
+from rankwise import tasks
 from rankwise.cli.demo import MODEL_PACKAGE, package_folder, write_rows
 from rankwise.files import write_json
+from rankwise.gate import attach
 from rankwise.hypergrad import (
     RADIUS,
     Loss,
@@ -51,6 +52,7 @@ from rankwise.hypergrad import (
     _mixed_exact,
     _moved,
 )
+from rankwise.lora import build, uniform
 
 RESULT = Path(__file__).parent / "results" / "hypergrad_accuracy.json"
 RADII = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
@@ -110,10 +112,10 @@ def make_problem(seed: int) -> Problem:
     base = tasks.load_model(  # eager: the fused attention has no second derivative
         task, name, tokenizer=tokenizer, attn_implementation="eager", dtype=torch.float32
     )
-    plan = rankwise.RankPlan.uniform(base, R)
-    model = gates.build(base, plan, task_type="SEQ_CLS")
+    plan = uniform(base, R)
+    model = build(base, plan, task_type="SEQ_CLS")
     method = rankwise.AutoLoRA()
-    gated = gates.attach(model, plan, method.activation, method.initial(R))
+    gated = attach(model, plan, method.activation, method.initial(R))
     model.to("cuda" if torch.cuda.is_available() else "cpu").train()
     betas: list[Tensor] = [gate.beta for gate in gated.values()]
     meta = {id(beta) for beta in betas}

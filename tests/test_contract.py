@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments, default_data_collator
 
 from families import FAMILIES, Family, batch, family, rows
-from rankwise import METHODS, DyLoRA, gates
+from rankwise import METHODS, DyLoRA
+from rankwise.gate import attach, bake, gate_values, keep_first
+from rankwise.lora import build, check, find_entries, layers_of
 from rankwise.nested import NestedTrainer
 from rankwise.plan import RankPlan
 from rankwise.trainers import SearchTrainer, task_type_of
@@ -28,9 +30,9 @@ def searched(of: Family, method_name: str, folder: Path):
     method = METHODS[method_name]
     model = of.model()
     model.save_pretrained(folder / "base")
-    entries = gates.find_entries(model, None, K)
-    plan = RankPlan(entries, r_max=K, scaling=2.0)
-    peft_model = gates.build(model, plan, task_type=task_type_of(model))
+    entries = find_entries(model, None, K)
+    plan = RankPlan(entries, r=K, scaling=2.0)
+    peft_model = build(model, plan, task_type=task_type_of(model))
     args = TrainingArguments(
         output_dir=str(folder / "search"),
         max_steps=4,
@@ -50,9 +52,9 @@ def searched(of: Family, method_name: str, folder: Path):
     if isinstance(method, DyLoRA):
         trainer = NestedTrainer(peft_model, args, plan=plan, method=method, **common)
         trainer.train()
-        gates.set_ranks(trainer.gated, {name: 1 + i % K for i, name in enumerate(plan.modules)})
+        keep_first(trainer.gated, {name: 1 + i % K for i, name in enumerate(plan.modules)})
         return peft_model.eval(), plan, trainer.gated, method
-    gated = gates.attach(peft_model, plan, method.activation, method.initial(K))
+    gated = attach(peft_model, plan, method.activation, method.initial(K))
     val = rows(of, seed=2)
     SearchTrainer(
         peft_model, args, gated=gated, method=method, validation_dataset=val, **common
@@ -91,7 +93,7 @@ def test_baked_adapter_computes_the_gated_function_in_plain_peft(
     model, _, _, _ = searched(of, method_name, tmp_path)
     expected = logits(model, of)
     base = model.get_base_model()
-    gates.bake(model)
+    bake(model)
     torch.testing.assert_close(logits(model, of), expected, rtol=1e-5, atol=1e-6)
     model.save_pretrained(tmp_path / "adapter")
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -108,7 +110,7 @@ def test_pruned_adapter_computes_the_function_without_the_pruned_pieces(
     of, method_name, plain_peft, tmp_path
 ):
     model, plan, gated, method = searched(of, method_name, tmp_path)
-    keep = {name: kept(method, alpha) for name, alpha in gates.values(gated).items()}
+    keep = {name: kept(method, alpha) for name, alpha in gate_values(gated).items()}
     assert 0 < sum(map(len, keep.values())) < sum(plan.ranks.values())
     silenced = dict(model.named_modules())
     with torch.no_grad():  # the oracle: pruned pieces silenced by zeros in the gated model
@@ -119,10 +121,10 @@ def test_pruned_adapter_computes_the_function_without_the_pruned_pieces(
                 stays[[i * K + j for j in keep[entry]]] = True
             b.original[:, ~stays] = 0
     expected = logits(model, of)
-    gates.bake(model, keep)
+    bake(model, keep)
     torch.testing.assert_close(logits(model, of), expected, rtol=1e-5, atol=1e-6)
     pruned = plan.with_ranks({name: len(pieces) for name, pieces in keep.items()})
-    pruned.check(model)
+    check(model, pruned)
     model.save_pretrained(tmp_path / "adapter")
     found = plain_peft(
         of.auto.__name__, tmp_path / "base", tmp_path / "adapter", batch(of), tmp_path
@@ -132,7 +134,7 @@ def test_pruned_adapter_computes_the_function_without_the_pruned_pieces(
 
 
 def test_every_entry_of_the_family_gets_a_rank(of):
-    entries = gates.find_entries(of.model(), None, K)
+    entries = find_entries(of.model(), None, K)
     assert len(entries) == 2 * len(of.entries)
     assert all(any(name.endswith(end) for end in of.entries) for name in entries)
 
@@ -149,8 +151,8 @@ def test_parts_of_a_fused_projection_stay_apart(name, tmp_path):
     """Query's pieces never reach value's rows, through training and in the saved adapter."""
     of = family(name)
     model, _, _, _ = searched(of, "autolora", tmp_path)
-    gates.bake(model)
-    for layer in gates._layers(model).values():
+    bake(model)
+    for layer in layers_of(model).values():
         b = layer.lora_B["default"].weight
         width = b.shape[0] // 3
         assert b[:width, :K].abs().sum() > 0 and b[2 * width :, K:].abs().sum() > 0

@@ -10,8 +10,9 @@ from peft import PeftModel
 from transformers import TrainingArguments, default_data_collator
 
 from families import family, rows
-from rankwise import Adapter, DivergedError, DyLoRA, PlanError, RankPlan, gates
+from rankwise import Adapter, DivergedError, DyLoRA, PlanError, RankPlan
 from rankwise.elastic import choose, uniform_within, validation_loss
+from rankwise.lora import build, uniform
 from rankwise.nested import NestedTrainer
 from rankwise.plan import Entry
 
@@ -22,7 +23,7 @@ SQUARE = [(8, 8)] * 3
 def plan_of(sizes: list[tuple[int, int]], r: int = R) -> RankPlan:
     """A nested adapter's plan: modules of these sizes, all at rank r."""
     modules = {f"m{n}": Entry(r, *size, module=f"m{n}") for n, size in enumerate(sizes)}
-    return RankPlan(modules, r_max=r)
+    return RankPlan(modules, r=r)
 
 
 class Additive:
@@ -227,8 +228,8 @@ def trainer(tmp_path):
     of = family("bert-classification")
     of.config.initializer_range = 0.2
     base = of.model()
-    plan = RankPlan.uniform(base, 3)
-    model = gates.build(base, plan, task_type="SEQ_CLS")
+    plan = uniform(base, 3)
+    model = build(base, plan, task_type="SEQ_CLS")
     args = TrainingArguments(
         output_dir=str(tmp_path / "out"),
         per_device_eval_batch_size=8,

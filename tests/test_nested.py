@@ -29,12 +29,13 @@ from rankwise import (
     RankPlan,
     RankwiseError,
     curve,
-    gates,
     load_nested,
     pick,
     search,
     train,
 )
+from rankwise.gate import NestedGate, attach_nested, gate_values, keep_first
+from rankwise.lora import build, factors, uniform
 from rankwise.nested import NestedTrainer
 from rankwise.training import last_checkpoint
 
@@ -47,7 +48,7 @@ def of():
 
 
 def plan_of(model, r=K):
-    return RankPlan.uniform(model, r, lora_alpha=ALPHA)
+    return uniform(model, r, lora_alpha=ALPHA)
 
 
 def trained(model, data, args, method="dylora", **more) -> NestedTrainer:
@@ -72,13 +73,13 @@ def same(ours, theirs):
 @pytest.mark.parametrize("b", range(1, K + 1))
 def test_gated_model_is_stock_lora_of_rank_b_at_alpha_over_b(of, b):
     """The oracle is PEFT's own LoRA of rank b and the same lora_alpha, with the first b pieces."""
-    gated_model = gates.build(of.model(), plan_of(of.model()), task_type="SEQ_CLS").eval()
-    gated = gates.attach_nested(gated_model, plan_of(of.model()))
+    gated_model = build(of.model(), plan_of(of.model()), task_type="SEQ_CLS").eval()
+    gated = attach_nested(gated_model, plan_of(of.model()))
     config = LoraConfig(r=b, lora_alpha=ALPHA, target_modules=["query", "value"])
     stock = get_peft_model(of.model(), config).eval()
     modules = dict(stock.named_modules())
     with torch.no_grad():
-        for name, (a, b_matrix) in gates.factors(gated_model).items():
+        for name, (a, b_matrix) in factors(gated_model).items():
             b_matrix.normal_(std=10)  # of a size that shows in the logits
             layer = modules[f"base_model.model.{name}"]
             layer.lora_A["default"].weight.copy_(a[:b])
@@ -86,10 +87,10 @@ def test_gated_model_is_stock_lora_of_rank_b_at_alpha_over_b(of, b):
         stock.base_model.model.classifier.load_state_dict(
             gated_model.base_model.model.classifier.modules_to_save["default"].state_dict()
         )
-        gates.set_ranks(gated, b)
+        keep_first(gated, b)
         expected = stock(**batch(of)).logits
         torch.testing.assert_close(gated_model(**batch(of)).logits, expected)
-        gates.set_ranks(gated, b % K + 1)
+        keep_first(gated, b % K + 1)
         assert (gated_model(**batch(of)).logits - expected).abs().max() > 1e-3
 
 
@@ -113,7 +114,7 @@ def test_training_follows_algorithm_1(of, tmp_path):
     model = without_dropout(of)
     plan = plan_of(model)
     torch.manual_seed(trainer.args.seed)
-    stock = gates.build(model, plan, task_type="SEQ_CLS")
+    stock = build(model, plan, task_type="SEQ_CLS")
     start = {n: p for n, p in stock.named_parameters() if p.requires_grad}
     theta = {n: p.detach().clone().requires_grad_() for n, p in start.items()}
     optimizer = torch.optim.AdamW(theta.values(), lr=1e-2, weight_decay=0.0)
@@ -143,16 +144,16 @@ def test_training_follows_algorithm_1(of, tmp_path):
 
 
 def test_one_compiled_graph_serves_every_rank(of):
-    model = gates.build(without_dropout(of), plan_of(of.model()), task_type="SEQ_CLS").eval()
-    gated = gates.attach_nested(model, plan_of(of.model()))
+    model = build(without_dropout(of), plan_of(of.model()), task_type="SEQ_CLS").eval()
+    gated = attach_nested(model, plan_of(of.model()))
     with torch.no_grad():
-        for _, b_matrix in gates.factors(model).values():
+        for _, b_matrix in factors(model).values():
             b_matrix.normal_()
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter)
     inputs = batch(of)
     for b in range(1, K + 1):
-        gates.set_ranks(gated, b)
+        keep_first(gated, b)
         logits = compiled(**inputs).logits
         if b == 1:
             frames = counter.frame_count
@@ -196,7 +197,7 @@ class Ranks(TrainerCallback):
         self.seen, self.step = {}, 0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        gate = next(m for m in model.modules() if isinstance(m, gates.NestedGate))
+        gate = next(m for m in model.modules() if isinstance(m, NestedGate))
 
         def note(*_):
             if torch.is_grad_enabled():
@@ -553,7 +554,7 @@ def test_a_plan_of_several_ranks_is_refused(of, tmp_path):
     model = of.model()
     plan = plan_of(model)
     plan = plan.with_ranks({name: 2 + i % 2 for i, name in enumerate(plan.modules)})
-    with pytest.raises(PlanError, match=r"has ranks 2 to 3; give RankPlan\.uniform"):
+    with pytest.raises(PlanError, match=r"has ranks 2 to 3; give rankwise\.uniform"):
         train(model, plan, rows(of), args=arguments(tmp_path), method="dylora")
     with pytest.raises(RankwiseError, match="what trains an adapter at once is dylora"):
         train(model, plan_of(model), rows(of), args=arguments(tmp_path), method="autolora")
@@ -572,10 +573,10 @@ def test_ranks_and_metrics_that_are_not_there(of, tmp_path):
         trainer.set_ranks(5)
     with pytest.raises(PlanError, match=r"ranks 1 to 4; 2\.0 is none of them"):
         trainer.set_ranks(2.0)
-    before = gates.values(trainer.gated)
+    before = gate_values(trainer.gated)
     with pytest.raises(PlanError, match="differ in the entry"):
         trainer.set_ranks({next(iter(before)): 2})
-    assert gates.values(trainer.gated) == before  # no gate moved
+    assert gate_values(trainer.gated) == before  # no gate moved
     plain = train(of.model(), plan_of(of.model()), rows(of), args=arguments(tmp_path, max_steps=1))
     with pytest.raises(RankwiseError, match="FiniteTrainer trained one rank"):
         curve(plain, rows(of))
@@ -601,7 +602,7 @@ def test_arguments_that_break_dylora_are_refused(of, tmp_path, changes, message)
 
 def test_a_uniform_plan_below_the_largest_rank_is_trained_at_its_own(of, tmp_path):
     plan = RankPlan.uniform(plan_of(of.model()), 2)
-    assert plan.r_max == K
+    assert plan.r == K
     args = arguments(tmp_path, max_steps=1)
     trainer = train(of.model(), plan, rows(of), args=args, method="dylora")
     assert curve(trainer, rows(of, seed=5)).ranks == (1, 2)
@@ -675,7 +676,7 @@ def test_a_nan_loss_stops_the_run_and_names_the_checkpoint(of, tmp_path):
     class Poison(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
             if state.global_step == 3:
-                next(iter(gates.factors(model).values()))[0].data[0, 0] = float("nan")
+                next(iter(factors(model).values()))[0].data[0, 0] = float("nan")
 
     with pytest.raises(DivergedError, match=r"step 4.*checkpoint-2"):
         trained(of.model(), rows(of), args, callbacks=[Poison()])
@@ -686,10 +687,10 @@ def test_ranks_of_a_part_are_counted_within_it(name):
     """A fused projection's query and value each keep their own first pieces."""
     of = family(name)
     plan = plan_of(of.model())
-    model = gates.build(of.model(), plan)
-    gated = gates.attach_nested(model, plan)
+    model = build(of.model(), plan)
+    gated = attach_nested(model, plan)
     ranks = {entry: 1 + i % K for i, entry in enumerate(plan.modules)}
-    gates.set_ranks(gated, ranks)
-    for entry, g in gates.values(gated).items():
+    keep_first(gated, ranks)
+    for entry, g in gate_values(gated).items():
         b = ranks[entry]
         assert g == pytest.approx([K / b] * b + [0.0] * (K - b))

@@ -10,8 +10,10 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 import rankwise
-from rankwise import AutoLoRA, gates, tasks
+from rankwise import AutoLoRA, tasks
+from rankwise.gate import attach
 from rankwise.hypergrad import hypergradient
+from rankwise.lora import build, uniform
 
 
 def shipped(package):
@@ -40,9 +42,9 @@ def problem():
     the same masks at every call."""
     model = minilm()
     method = AutoLoRA()
-    plan = rankwise.RankPlan.uniform(model, 8)
-    model = gates.build(model, plan, task_type="SEQ_CLS")
-    gated = gates.attach(model, plan, method.activation)
+    plan = uniform(model, 8)
+    model = build(model, plan, task_type="SEQ_CLS")
+    gated = attach(model, plan, method.activation)
     betas = [gate.beta for gate in gated.values()]
     ids = {id(b) for b in betas}
     theta = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]

@@ -15,7 +15,9 @@ from transformers import TrainerCallback, default_data_collator
 
 import rankwise
 from families import StopAfter, arguments, family, rows, without_dropout
-from rankwise import AutoLoRA, CheckpointError, DataError, DivergedError, RankwiseError, gates
+from rankwise import AutoLoRA, CheckpointError, DataError, DivergedError, RankwiseError
+from rankwise.gate import attach
+from rankwise.lora import adapted, build, find_entries, uniform
 from rankwise.plan import RankPlan
 from rankwise.trainers import FiniteTrainer, SearchTrainer
 from rankwise.training import last_checkpoint
@@ -81,10 +83,10 @@ def test_search_follows_algorithm_1(of, tmp_path, estimator, tolerance):
     of.config._attn_implementation = "eager"
     model = without_dropout(of)
     method = AutoLoRA(estimator=estimator, learning_rate=1e-2, lookahead=0.5, radius=1e-3)
-    plan = RankPlan(gates.find_entries(model, None, K), r_max=K)
+    plan = RankPlan(find_entries(model, None, K), r=K)
     torch.manual_seed(0)
-    peft_model = gates.build(model, plan, task_type="SEQ_CLS")
-    gated = gates.attach(peft_model, plan, method.activation)
+    peft_model = build(model, plan, task_type="SEQ_CLS")
+    gated = attach(peft_model, plan, method.activation)
     data = rows(of, 40)
     trainer = SearchTrainer(
         peft_model,
@@ -107,10 +109,10 @@ def test_search_follows_algorithm_1(of, tmp_path, estimator, tolerance):
 def test_all_of_the_lower_level_moves_and_nothing_else(of, tmp_path):
     """Factors and the task head train during the search; the frozen weights do not."""
     model = of.model()
-    plan = RankPlan(gates.find_entries(model, None, K), r_max=K)
-    with gates.adapted(model, plan, task_type="SEQ_CLS") as peft_model:
+    plan = RankPlan(find_entries(model, None, K), r=K)
+    with adapted(model, plan, task_type="SEQ_CLS") as peft_model:
         method = AutoLoRA()
-        gated = gates.attach(peft_model, plan, method.activation)
+        gated = attach(peft_model, plan, method.activation)
         before = {n: p.detach().clone() for n, p in peft_model.named_parameters()}
         SearchTrainer(
             peft_model,
@@ -167,12 +169,12 @@ def trainer_of_positions(of, folder, count, **changes):
     """A search trainer whose batches are the positions of their rows in D_val."""
     data = rows(of, count).add_column("position", list(range(count)))
     model = of.model()
-    plan = RankPlan(gates.find_entries(model, None, K), r_max=K)
-    peft_model = gates.build(model, plan, task_type="SEQ_CLS")
+    plan = RankPlan(find_entries(model, None, K), r=K)
+    peft_model = build(model, plan, task_type="SEQ_CLS")
     return SearchTrainer(
         peft_model,
         arguments(folder, remove_unused_columns=False, **changes),
-        gated=gates.attach(peft_model, plan, AutoLoRA().activation),
+        gated=attach(peft_model, plan, AutoLoRA().activation),
         method=AutoLoRA(),
         train_dataset=data,
         validation_dataset=data,
@@ -500,7 +502,7 @@ def test_a_nan_that_only_the_last_gates_saw_gives_no_plan(of, tmp_path):
 
 
 def test_a_nan_loss_stops_training(of, tmp_path):
-    plan = RankPlan.uniform(of.model(), 2)
+    plan = uniform(of.model(), 2)
     with pytest.raises(DivergedError, match=r"loss is nan at step 3; no checkpoint"):
         rankwise.train(poisoned(of.model(), at=3), plan, rows(of), args=arguments(tmp_path))
 
@@ -523,7 +525,7 @@ def test_train_gives_the_stock_trainer_its_result(of, tmp_path):
     from transformers import Trainer, set_seed
 
     model = of.model()
-    plan = RankPlan.uniform(model, 2).with_ranks({n: 1 + i for i, n in enumerate(_names(model))})
+    plan = uniform(model, 2).with_ranks({n: 1 + i for i, n in enumerate(_names(model))})
     ours = rankwise.train(model, plan, rows(of), args=arguments(tmp_path)).model
     base = of.model()
     set_seed(42)
@@ -534,7 +536,7 @@ def test_train_gives_the_stock_trainer_its_result(of, tmp_path):
 
 
 def _names(model):
-    return list(gates.find_entries(model, None, 1))
+    return list(find_entries(model, None, 1))
 
 
 @pytest.mark.parametrize(
@@ -564,7 +566,5 @@ def test_provenance_says_what_decided_the_plan(of, tmp_path):
 
 
 def test_finite_trainer_is_what_train_returns(of, tmp_path):
-    trainer = rankwise.train(
-        of.model(), RankPlan.uniform(of.model(), 1), rows(of), args=arguments(tmp_path)
-    )
+    trainer = rankwise.train(of.model(), uniform(of.model(), 1), rows(of), args=arguments(tmp_path))
     assert isinstance(trainer, FiniteTrainer) and trainer.state.global_step == 6

@@ -10,7 +10,8 @@ from pathlib import Path
 from transformers import TrainingArguments, default_data_collator
 
 from families import family, rows
-from rankwise import AutoLoRA, RankPlan, search, train
+from rankwise import AutoLoRA, search, train
+from rankwise.lora import uniform
 
 of = family("bert-classification")
 of.config.hidden_dropout_prob = of.config.attention_probs_dropout_prob = 0.0
@@ -29,7 +30,7 @@ args = TrainingArguments(
 )
 if sys.argv[3] == "dylora":
     model = of.model()
-    plan = RankPlan.uniform(model, 4)
+    plan = uniform(model, 4)
     collator = default_data_collator
     trainer = train(model, plan, rows(of, 48), args=args, method="dylora", data_collator=collator)
     if args.process_index == 0:

@@ -12,7 +12,8 @@ from rankwise.errors import (
     PlanError,
     RankwiseError,
 )
-from rankwise.gates import attach, bake, build
+from rankwise.gate import attach, bake
+from rankwise.lora import build, check, uniform
 from rankwise.methods import METHODS, AutoLoRA, DyLoRA
 from rankwise.nested import Curve, curve, pick
 from rankwise.plan import Entry, RankPlan
@@ -39,10 +40,12 @@ __all__ = [
     "attach",
     "bake",
     "build",
+    "check",
     "curve",
     "elastic",
     "load_nested",
     "pick",
     "search",
     "train",
+    "uniform",
 ]

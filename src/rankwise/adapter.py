@@ -59,13 +59,13 @@ class Factors:
     scaling: float
 
     @property
-    def r(self) -> int:
+    def rank(self) -> int:
         return self.a.shape[0]
 
     @property
     def cost(self) -> int:
         """Parameters of one rank-1 piece."""
-        return (self.a.numel() + self.b.numel()) // self.r
+        return (self.a.numel() + self.b.numel()) // self.rank
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,13 @@ class Cut:
     """What truncation did to one module.
 
     Attributes:
-        r_before, r: ranks.
+        rank_before, rank: ranks.
         lost: ‖ΔW - ΔW'‖ / ‖ΔW‖ in the Frobenius norm, 0 to 1; None for a nested adapter, whose
             smaller ranks were trained, not approximated.
     """
 
-    r_before: int
-    r: int
+    rank_before: int
+    rank: int
     lost: float | None = None
 
 
@@ -90,7 +90,7 @@ class Adapter:
     Attributes:
         config: adapter_config.json.
         weights: adapter_model.safetensors.
-        plan: of a nested adapter, the plan that it was trained at (`r_max` everywhere, the smallest
+        plan: of a nested adapter, the plan that it was trained at (`r` everywhere, the smallest
             trained rank in its provenance); None for an ordinary adapter.
         cuts: by module, what the truncation that made this adapter did.
 
@@ -243,7 +243,7 @@ class Adapter:
         settings.pop("name", None)
         try:
             found = DyLoRA(**settings)
-            found.probabilities(self.plan.r_max)
+            found.probabilities(self.plan.r)
         except (TypeError, ValueError, RankwiseError) as error:
             raise PlanError(f"the method in {NESTED} is not DyLoRA's: {error}") from error
         return found
@@ -253,7 +253,7 @@ class Adapter:
         """The ranks that a nested adapter was trained at, in ascending order; empty for others."""
         if self.plan is None or self.method is None:
             return []
-        return self.method.trained(self.plan.r_max)
+        return self.method.trained(self.plan.r)
 
     def truncate(self, ranks: int | RankPlan) -> "Adapter":
         """The nested adapter cut to its first b pieces: one b for all, or a plan's ranks.
@@ -279,7 +279,7 @@ class Adapter:
         if missing := {entry.module for entry in self.plan.modules.values()} - set(factors):
             raise PlanError(f"{NESTED} has the module {min(missing)!r}, which the weights lack")
         new = {module: _first(module, old, self.plan, wanted) for module, old in factors.items()}
-        return self._with(new, {name: Cut(factors[name].r, f.r) for name, f in new.items()})
+        return self._with(new, {name: Cut(factors[name].rank, f.rank) for name, f in new.items()})
 
     def _wanted(self, plan: RankPlan, ranks: int | RankPlan) -> dict[str, int]:
         """b by entry, each one a rank that was trained."""
@@ -326,7 +326,7 @@ class Adapter:
         if sum(x is not None for x in (r, energy, budget)) != 1:
             raise AdapterError("give one of r, energy and budget")
         factors = self.factors()
-        largest = max(f.r for f in factors.values())
+        largest = max(f.rank for f in factors.values())
         if r is not None and not (isinstance(r, Integral) and 1 <= r <= largest):
             raise AdapterError(f"r is {r}; the adapter has ranks up to {largest}, give 1 to that")
         if budget is not None and budget > self.parameters:
@@ -349,7 +349,7 @@ class Adapter:
             )
             total = float((s**2).sum())
             lost = float((s[b:] ** 2).sum()) / total if total > 0 else 0.0
-            cuts[name] = Cut(old.r, b, lost**0.5)
+            cuts[name] = Cut(old.rank, b, lost**0.5)
         return self._with(new, cuts)
 
     def _with(self, factors: Mapping[str, Factors], cuts: dict[str, Cut]) -> "Adapter":
@@ -360,7 +360,7 @@ class Adapter:
             config |= {"init_lora_weights": True, "eva_config": None}
         rooted = bool(config.get("use_rslora"))
         said = {
-            name: (f.r, tidy(f.scaling * (f.r**0.5 if rooted else f.r)))
+            name: (f.rank, tidy(f.scaling * (f.rank**0.5 if rooted else f.rank)))
             for name, f in factors.items()
         }
         config |= patterns(said)
@@ -410,7 +410,9 @@ class Adapter:
 
     def _card(self) -> str:
         """The model card of an adapter that was cut."""
-        before, after = ({vars(c)[key] for c in self.cuts.values()} for key in ("r_before", "r"))
+        before, after = (
+            {vars(c)[key] for c in self.cuts.values()} for key in ("rank_before", "rank")
+        )
         nested = all(cut.lost is None for cut in self.cuts.values())
         how = "its first pieces, as DyLoRA trained them" if nested else "by the SVD of its updates"
         return card_header(self.config.get("base_model_name_or_path")) + (
@@ -443,10 +445,10 @@ def _first(module: str, old: Factors, plan: RankPlan, ranks: Mapping[str, int]) 
     for name, entry in plan.modules.items():
         if entry.module == module:
             kept += range(start, start + ranks[name])
-            scale += [entry.r / ranks[name]] * ranks[name]
-            start += entry.r
-    if start != old.r:
-        raise PlanError(f"{NESTED} gives {module!r} rank {start}; the weights have {old.r}")
+            scale += [entry.rank / ranks[name]] * ranks[name]
+            start += entry.rank
+    if start != old.rank:
+        raise PlanError(f"{NESTED} gives {module!r} rank {start}; the weights have {old.rank}")
     g = torch.tensor(scale, dtype=torch.float64)
     b = (old.b[:, kept].double() * _along(g, old.b)).to(old.b.dtype)
     return Factors(old.a[kept].clone(), b, old.scaling)

@@ -75,7 +75,7 @@ def choose(
         >>> choose(losses[0], trainer.plan, budget=20_000, check=losses[1]).plan.parameters
         19968
     """
-    trained = sorted(ranks or range(1, plan.r_max + 1))
+    trained = sorted(ranks or range(1, plan.r + 1))
     uniform = uniform_within(plan, budget, trained)
     start = uniform.ranks
     here = _finite(loss, start)
@@ -109,7 +109,7 @@ def uniform_within(plan: RankPlan, budget: int, ranks: Sequence[int] | None = No
         >>> uniform_within(plan, budget=20_000).parameters
         18432
     """
-    trained = sorted(ranks or range(1, plan.r_max + 1))
+    trained = sorted(ranks or range(1, plan.r + 1))
     one = RankPlan.uniform(plan, 1).parameters
     least, most = trained[0] * one, trained[-1] * one
     if not least <= budget <= most:
@@ -139,7 +139,7 @@ def validation_loss(trainer: NestedTrainer, dataset: Any) -> Loss:
         try:
             metrics = trainer.measure(dataset, loss_only=True).metrics or {}
         finally:
-            trainer.set_ranks(trainer.r_max)
+            trainer.set_ranks(trainer.r)
         return float(metrics["eval_loss"])
 
     return loss

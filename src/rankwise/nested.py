@@ -21,10 +21,11 @@ from transformers import EvalPrediction, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from rankwise import gates
 from rankwise.adapter import NESTED, card_header
 from rankwise.errors import DivergedError, RankwiseError
 from rankwise.files import write_text
+from rankwise.gate import attach_nested, bake, keep_first
+from rankwise.lora import ADAPTER, factors
 from rankwise.methods import DyLoRA
 from rankwise.plan import RankPlan
 from rankwise.trainers import GatedTrainer
@@ -67,12 +68,12 @@ class NestedTrainer(GatedTrainer):
         configuration: dict[str, Any],
         **trainer: Any,
     ):
-        gated = gates.attach_nested(model, plan)
+        gated = attach_nested(model, plan)
         super().__init__(model, args, configuration=configuration, **trainer)
-        self.gated, self.method, self.r_max = gated, method, plan.r_max
+        self.gated, self.method, self.r = gated, method, plan.r
         about = plan.provenance | {"method": method.describe()}
         self.plan = plan.with_ranks(plan.ranks, **about)
-        self._factors = gates.factors(model)
+        self._factors = factors(model)
         self._batch_losses: list[Tensor] = []
         self._confined = False
 
@@ -90,7 +91,7 @@ class NestedTrainer(GatedTrainer):
             >>> trainer.evaluate(rows)["eval_loss"]
             0.48
         """
-        gates.set_ranks(self.gated, ranks)
+        keep_first(self.gated, ranks)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
@@ -114,7 +115,7 @@ class NestedTrainer(GatedTrainer):
         return loss
 
     def _drawn(self) -> int:
-        return self.method.draw(self.r_max, self.args.seed, self.state.global_step)
+        return self.method.draw(self.r, self.args.seed, self.state.global_step)
 
     def _moving(self) -> Iterable[tuple[Tensor, int, Tensor]]:
         """(A or B, its rank axis, indices on it of the b-th piece of every entry)."""
@@ -127,7 +128,7 @@ class NestedTrainer(GatedTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         if self.is_in_train:
-            self.set_ranks(self.r_max)
+            self.set_ranks(self.r)
         self._batch_losses.clear()
         return super().evaluation_loop(*args, **kwargs)
 
@@ -151,7 +152,7 @@ class NestedTrainer(GatedTrainer):
         try:
             found = super().train(*args, **kwargs)
         finally:
-            self.set_ranks(self.r_max)
+            self.set_ranks(self.r)
         self.stop_unless_finite_parameters()
         return found
 
@@ -183,17 +184,17 @@ class NestedTrainer(GatedTrainer):
             >>> Adapter.load("nested").truncate(2).save("adapter-2")
         """
         folder = Path(folder)
-        self.set_ranks(self.r_max)
+        self.set_ranks(self.r)
         model = self.accelerator.unwrap_model(self.model)
-        gates.bake(model)
+        bake(model)
         try:
             model.save_pretrained(str(folder))
-            base = model.peft_config[gates.ADAPTER].base_model_name_or_path
-            write_text(folder / "README.md", card_header(base) + CARD.format(self.r_max))
+            base = model.peft_config[ADAPTER].base_model_name_or_path
+            write_text(folder / "README.md", card_header(base) + CARD.format(self.r))
             self.plan.save(folder / NESTED)
         finally:  # new gates: the trainer can go on evaluating
-            self.gated = gates.attach_nested(model, self.plan)
-            self._factors = gates.factors(model)
+            self.gated = attach_nested(model, self.plan)
+            self._factors = factors(model)
 
 
 def move_only(
@@ -285,7 +286,7 @@ def curve(
         raise RankwiseError(
             f"{type(trainer).__name__} trained one rank; a curve needs train(..., method='dylora')"
         )
-    trained = trainer.method.trained(trainer.r_max)
+    trained = trainer.method.trained(trainer.r)
     wanted = trained if ranks is None else sorted({index(b) for b in ranks})
     if not wanted or len(dataset) == 0:
         raise RankwiseError("there are no ranks, or no rows, to measure; give some of both")
@@ -312,7 +313,7 @@ def curve(
             found.append(values)
             errors.append(_standard_error(trainer, metric, output))
     finally:
-        trainer.set_ranks(trainer.r_max)
+        trainer.set_ranks(trainer.r)
     return Curve(
         metric, greater_is_better, tuple(wanted), tuple(found), tuple(errors), len(dataset)
     )

@@ -1,7 +1,4 @@
-"""RankPlan: which module gets which rank. Budget arithmetic, LoraConfig, JSON.
-
-Needs no model to be loaded, edited, counted or saved; only `check` and `uniform` look at one.
-"""
+"""RankPlan: which module gets which rank. Pure data: budget arithmetic, LoraConfig, JSON."""
 
 import json
 import math
@@ -12,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from functools import reduce
 from math import gcd
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from peft import LoraConfig
+if TYPE_CHECKING:
+    import numpy as np
+    from peft import LoraConfig
 
 from rankwise.errors import PlanError
 from rankwise.files import write_text
@@ -28,7 +26,7 @@ class Entry:
     """The rank of one module, or of one part of a fused module, and what it costs.
 
     Attributes:
-        r: rank, >= 0; 0 leaves the module without an adapter.
+        rank: >= 0; 0 leaves the module without an adapter.
         in_features: columns of the update matrix ΔW (out x in).
         out_features: rows of ΔW that this entry covers.
         module: exact name of the module in the base model.
@@ -37,7 +35,7 @@ class Entry:
         gate: the learned gate values, length k, for information; None for a plan made by hand.
     """
 
-    r: int
+    rank: int
     in_features: int
     out_features: int
     module: str
@@ -52,7 +50,7 @@ class Entry:
     @property
     def parameters(self) -> int:
         """Parameters at this entry's rank."""
-        return self.r * self.cost
+        return self.rank * self.cost
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class RankPlan:
     Attributes:
         modules: entries by name. The name is that of the module in the base model, followed by the
             part's name for a part of a fused module (`transformer.h.0.attn.c_attn.q`).
-        r_max: k, the largest rank that the search could have chosen.
+        r: the largest rank that the search could have chosen (the papers' k).
         scaling: LoRA's factor in front of B A, lora_alpha / r, the same for every module: a module
             of another rank keeps its scale because `alpha_pattern` follows `rank_pattern`.
         provenance: where the plan comes from: method, model, data fingerprint, seeds, versions.
@@ -74,7 +72,7 @@ class RankPlan:
     """
 
     modules: dict[str, Entry]
-    r_max: int
+    r: int
     scaling: float = 2.0
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -84,7 +82,7 @@ class RankPlan:
     @property
     def ranks(self) -> dict[str, int]:
         """Rank by entry name."""
-        return {name: entry.r for name, entry in self.modules.items()}
+        return {name: entry.rank for name, entry in self.modules.items()}
 
     @property
     def parameters(self) -> int:
@@ -104,54 +102,33 @@ class RankPlan:
         if set(ranks) != set(self.modules):
             odd = sorted(set(ranks) ^ set(self.modules))[0]
             raise PlanError(f"ranks and plan differ in the entry {odd!r}; give one rank per entry")
-        modules = {n: replace(e, r=int(ranks[n]), gate=None) for n, e in self.modules.items()}
+        modules = {n: replace(e, rank=int(ranks[n]), gate=None) for n, e in self.modules.items()}
         return replace(self, modules=modules, provenance=provenance)
 
     @classmethod
-    def uniform(
-        cls,
-        like: Any,
-        r: int,
-        *,
-        target_modules: list[str] | str | None = None,
-        lora_alpha: float | None = None,
-    ) -> "RankPlan":
+    def uniform(cls, like: "RankPlan", rank: int) -> "RankPlan":
         """The plan that gives every module the same rank: the control every claim needs.
 
         Args:
-            like: a RankPlan, whose modules and scaling are taken, or a transformers model.
-            r: the rank, >= 1.
-            target_modules: for a model, what to adapt; None is PEFT's default for its type, query
-                and value for most.
-            lora_alpha: for a model, LoRA's alpha at this rank; None is 2 r.
+            like: its modules and scaling are taken. For a model there is `rankwise.uniform`.
+            rank: of every module, >= 1.
 
         Raises:
-            PlanError: r < 1, or `target_modules` given together with a plan.
-            ModelError: no module of the model matches.
+            PlanError: rank < 1.
 
         Example:
-            >>> RankPlan.uniform(plan, r=4).parameters
+            >>> RankPlan.uniform(plan, 4).parameters
             36864
         """
-        if r < 1:
-            raise PlanError(f"r is {r}; a uniform plan needs a rank of at least 1")
-        if isinstance(like, RankPlan):
-            if target_modules is not None or lora_alpha is not None:
-                raise PlanError(
-                    "target_modules and lora_alpha come from the plan in `like`; leave them out"
-                )
-            return like.with_ranks(dict.fromkeys(like.modules, r), method="uniform", r=r)
-        from rankwise.gates import find_entries
-
-        entries = find_entries(like, target_modules, r)
-        scaling = 2.0 if lora_alpha is None else lora_alpha / r
-        return cls(entries, r_max=r, scaling=scaling, provenance={"method": "uniform", "r": r})
+        if rank < 1:
+            raise PlanError(f"r is {rank}; a uniform plan needs a rank of at least 1")
+        return like.with_ranks(dict.fromkeys(like.modules, rank), method="uniform", r=rank)
 
     @classmethod
     def random(cls, like: "RankPlan", seed: int) -> "RankPlan":
         """A plan drawn uniformly from all plans of the same modules and the same parameter count.
 
-        Ranks run from 1 (0 for an entry that `like` leaves at 0) to `like.r_max`. The second
+        Ranks run from 1 (0 for an entry that `like` leaves at 0) to `like.r`. The second
         control: a learned plan that does not beat random ones has learned nothing about ranks.
 
         Args:
@@ -162,18 +139,20 @@ class RankPlan:
             >>> RankPlan.random(like=plan, seed=0).parameters == plan.parameters
             True
         """
-        used = {name: entry for name, entry in like.modules.items() if entry.r > 0}
+        used = {name: entry for name, entry in like.modules.items() if entry.rank > 0}
         if not used:
             raise PlanError("every rank of the plan is 0; there is nothing to draw")
-        r_max = max(like.r_max, *like.ranks.values())  # a plan edited by hand may exceed its k
-        most = [min(r_max, e.in_features, e.out_features) for e in used.values()]
+        r = max(like.r, *like.ranks.values())  # a plan edited by hand may exceed its k
+        most = [min(r, e.in_features, e.out_features) for e in used.values()]
         costs = [entry.cost for entry in used.values()]
+        import numpy as np
+
         drawn = _random_ranks(costs, most, like.parameters, np.random.default_rng(seed))
         ranks = dict.fromkeys(like.modules, 0) | dict(zip(used, drawn, strict=True))
         source = like.provenance.get("method")
         return like.with_ranks(ranks, method="random", seed=seed, like=source)
 
-    def lora_config(self, **kwargs: Any) -> LoraConfig:
+    def lora_config(self, **kwargs: Any) -> "LoraConfig":
         """The stock `peft.LoraConfig` of this plan.
 
         The commonest rank becomes `r`; `rank_pattern` and `alpha_pattern` name the other modules
@@ -195,6 +174,8 @@ class RankPlan:
         ranks = self.module_ranks()
         if not ranks:
             raise PlanError("every rank of the plan is 0; at least one module needs rank >= 1")
+        from peft import LoraConfig
+
         layers = {name: (r, tidy(self.scaling * r)) for name, r in ranks.items()}
         return LoraConfig(
             target_modules=_targets(list(ranks), {e.module for e in self.modules.values()}),
@@ -206,41 +187,8 @@ class RankPlan:
         """Rank by module as PEFT sees it: parts of a fused module added up, rank 0 left out."""
         ranks: Counter[str] = Counter()
         for entry in self.modules.values():
-            ranks[entry.module] += entry.r
+            ranks[entry.module] += entry.rank
         return {name: r for name, r in ranks.items() if r > 0}
-
-    def check(self, model: Any, adapter_name: str = "default") -> None:
-        """Asserts that a PEFT model realises this plan: each module's rank and scaling.
-
-        PEFT matches patterns as regular expressions and silently ignores one that matches nothing,
-        so a built model is looked at rather than trusted.
-
-        Raises:
-            PlanError: a module that lacks an adapter, has one it should not have, or has another
-                rank or scaling than the plan says.
-        """
-        from rankwise.gates import realised
-
-        found = realised(model, adapter_name)
-        for name, r in self.module_ranks().items():
-            if name not in found:
-                raise PlanError(
-                    f"the plan gives {name!r} rank {r}, but the model has no adapter there"
-                )
-            r_found, scaling, shape = found[name]
-            if r_found != r or abs(scaling - self.scaling) > 1e-9 * self.scaling:
-                raise PlanError(
-                    f"{name!r} has rank {r_found} and scaling {scaling:g} in the model; "
-                    f"the plan says {r} and {self.scaling:g}"
-                )
-            for entry in self.modules.values():
-                if entry.module == name and shape is not None and entry.in_features != shape[0]:
-                    raise PlanError(
-                        f"{name!r} takes {shape[0]} inputs in the model; the plan says "
-                        f"{entry.in_features}, so it is for another model"
-                    )
-        if extra := sorted(set(found) - set(self.module_ranks())):
-            raise PlanError(f"the model has an adapter at {extra[0]!r}, which the plan lacks")
 
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON, one line per module, through a temporary name."""
@@ -251,7 +199,7 @@ class RankPlan:
         lines = []
         for name, entry in self.modules.items():
             value: dict[str, Any] = {
-                "r": entry.r,
+                "rank": entry.rank,
                 "in": entry.in_features,
                 "out": entry.out_features,
             }
@@ -264,7 +212,7 @@ class RankPlan:
         provenance = provenance.replace("\n", "\n  ")
         body = ",\n".join(lines)
         return (
-            f'{{\n  "format": "{FORMAT}",\n  "r_max": {self.r_max},\n'
+            f'{{\n  "format": "{FORMAT}",\n  "r": {self.r},\n'
             f'  "scaling": {json.dumps(self.scaling)},\n  "modules": {{\n{body}\n  }},\n'
             f'  "provenance": {provenance}\n}}\n'
         )
@@ -293,7 +241,7 @@ class RankPlan:
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
             raise PlanError(f'"format" is {found!r}; a plan has "format": "{FORMAT}"')
-        if unknown := sorted(set(raw) - {"format", "r_max", "scaling", "modules", "provenance"}):
+        if unknown := sorted(set(raw) - {"format", "r", "scaling", "modules", "provenance"}):
             raise PlanError(f"unknown key {unknown[0]!r}")
         modules = raw.get("modules")
         if not isinstance(modules, dict):
@@ -303,7 +251,7 @@ class RankPlan:
             raise PlanError(f'"provenance" is {provenance!r}; it has to be an object')
         return cls(
             modules={name: _entry(name, value) for name, value in modules.items()},
-            r_max=raw.get("r_max", 0),
+            r=raw.get("r", 0),
             scaling=raw.get("scaling", 0),
             provenance=provenance,
         )
@@ -312,11 +260,11 @@ class RankPlan:
 def _entry(name: str, value: Any) -> Entry:
     if not isinstance(value, dict):
         raise PlanError(
-            f'entry {name!r} is {value!r}; it has to be an object with "r", "in", "out"'
+            f'entry {name!r} is {value!r}; it has to be an object with "rank", "in", "out"'
         )
-    if unknown := sorted(set(value) - {"r", "in", "out", "module", "rows", "gate"}):
+    if unknown := sorted(set(value) - {"rank", "in", "out", "module", "rows", "gate"}):
         raise PlanError(f"entry {name!r} has the unknown key {unknown[0]!r}")
-    for key, least in (("r", 0), ("in", 1), ("out", 1)):
+    for key, least in (("rank", 0), ("in", 1), ("out", 1)):
         number = value.get(key)
         if not isinstance(number, int) or isinstance(number, bool) or number < least:
             raise PlanError(
@@ -337,7 +285,7 @@ def _entry(name: str, value: Any) -> Entry:
     ):
         raise PlanError(f'entry {name!r}: "gate" is {gate!r}; it has to be a list of numbers')
     return Entry(
-        r=value["r"],
+        rank=value["rank"],
         in_features=value["in"],
         out_features=value["out"],
         module=module,
@@ -349,18 +297,18 @@ def _entry(name: str, value: Any) -> Entry:
 def _validate(plan: RankPlan) -> None:
     if not plan.modules:
         raise PlanError("the plan has no modules")
-    if not isinstance(plan.r_max, int) or plan.r_max < 1:
-        raise PlanError(f'"r_max" is {plan.r_max!r}; it has to be an integer >= 1')
+    if not isinstance(plan.r, int) or plan.r < 1:
+        raise PlanError(f'"r" is {plan.r!r}; it has to be an integer >= 1')
     if not isinstance(plan.scaling, int | float) or not 0 < plan.scaling < float("inf"):
         raise PlanError(f'"scaling" is {plan.scaling!r}; it has to be a number > 0')
     for name, entry in plan.modules.items():
-        if entry.r < 0:
-            raise PlanError(f'entry {name!r}: "r" is {entry.r}; it has to be an integer >= 0')
+        if entry.rank < 0:
+            raise PlanError(f'entry {name!r}: "rank" is {entry.rank}; it has to be an integer >= 0')
         limit = min(entry.in_features, entry.out_features)
-        if entry.r > limit:
+        if entry.rank > limit:
             raise PlanError(
-                f'entry {name!r}: "r" is {entry.r}, more than its matrix of {entry.out_features} x '
-                f"{entry.in_features} can have; the most is {limit}"
+                f'entry {name!r}: "rank" is {entry.rank}, more than its matrix of '
+                f"{entry.out_features} x {entry.in_features} can have; the most is {limit}"
             )
 
 
@@ -406,7 +354,7 @@ def patterns(layers: Mapping[str, tuple[int, int | float]]) -> dict[str, Any]:
 
 
 def _random_ranks(
-    costs: list[int], most: list[int], budget: int, rng: np.random.Generator
+    costs: list[int], most: list[int], budget: int, rng: "np.random.Generator"
 ) -> list[int]:
     """Ranks in [1, most], Σ rank x cost = budget, uniform over all such lists.
 
@@ -414,6 +362,8 @@ def _random_ranks(
     alone, with weights exp(-tilt x rank x cost). Given the sum, that is uniform whatever the tilt;
     the tilt that makes the budget the expected cost keeps the numbers far from underflow.
     """
+    import numpy as np
+
     unit = reduce(gcd, costs)
     steps = np.array([cost // unit for cost in costs])
     total = budget // unit
@@ -437,14 +387,18 @@ def _random_ranks(
     return ranks
 
 
-def _weights(step: int, most: int, tilt: float) -> np.ndarray:
+def _weights(step: int, most: int, tilt: float) -> "np.ndarray":
+    import numpy as np
+
     exponents = -tilt * step * np.arange(1, most + 1)
     weights = np.exp(exponents - exponents.max())
     return weights / weights.sum()
 
 
-def _tilt(steps: np.ndarray, most: list[int], total: int) -> float:
+def _tilt(steps: "np.ndarray", most: list[int], total: int) -> float:
     """The tilt at which the expected cost is the budget, by bisection."""
+    import numpy as np
+
     kinds = Counter(zip(steps.tolist(), most, strict=True))
     low, high = -60.0, 60.0
     for _ in range(40):

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Trainer, TrainingArguments
 
-from rankwise import gates
 from rankwise.errors import CheckpointError, DivergedError
 from rankwise.files import write_json
+from rankwise.gate import LearnedGate, gate_values
 from rankwise.hypergrad import RADIUS, RADIUS_BF16, TrainGradient, hypergradient
 from rankwise.methods import AutoLoRA
 
@@ -152,7 +152,7 @@ class SearchTrainer(GatedTrainer):
     Args:
         model: PEFT model with gates attached.
         args: TrainingArguments.
-        gated: what `gates.attach` returned.
+        gated: what `attach` returned.
         method: the gate's method.
         validation_dataset: D_val.
         configuration: what a checkpoint has to agree with to be resumed.
@@ -164,7 +164,7 @@ class SearchTrainer(GatedTrainer):
         model: PeftModel,
         args: TrainingArguments,
         *,
-        gated: Mapping[str, gates.LearnedGate],
+        gated: Mapping[str, LearnedGate],
         method: AutoLoRA,
         validation_dataset: Any,
         configuration: dict[str, Any],
@@ -312,7 +312,7 @@ class SearchTrainer(GatedTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean rank that the current α would give."""
-        kept = [len(self.method.kept(a)) for a in gates.values(self.gated).values()]
+        kept = [len(self.method.kept(a)) for a in gate_values(self.gated).values()]
         super().log(logs | {"mean_rank": round(sum(kept) / len(kept), 4)}, start_time)
 
 

@@ -18,9 +18,10 @@ from transformers import PreTrainedModel, SchedulerType, Trainer, TrainingArgume
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from rankwise import gates
 from rankwise.adapter import Adapter
 from rankwise.errors import AdapterError, CheckpointError, DataError, PlanError, RankwiseError
+from rankwise.gate import attach, gate_values
+from rankwise.lora import adapted, build, check_fits, find_entries
 from rankwise.methods import METHODS, AutoLoRA, DyLoRA, Method
 from rankwise.nested import Curve, NestedTrainer, curve, pick
 from rankwise.plan import RankPlan
@@ -65,7 +66,7 @@ def search(
             every module.
         lora_dropout: of the adapters during the search.
         target_modules: what to adapt; None is PEFT's default for the model's type (query and value
-            for most, as in the paper). See `rankwise.gates.find_entries`.
+            for most, as in the paper). See `rankwise.find_entries`.
         task_type: PEFT's; None infers it from the model's class. It decides which head is trained
             along with the factors.
         args: the search's own TrainingArguments: learning rate of the parameters, epochs, batch
@@ -102,14 +103,14 @@ def search(
         data = two_sets(train_dataset, validation_dataset, fraction, args.seed)
         if isinstance(method, DyLoRA):
             _check_metric(args, trainer.get("compute_metrics"))
-        modules = gates.find_entries(model, target_modules, r)
-        plan = RankPlan(modules, r_max=r, scaling=2.0 if lora_alpha is None else lora_alpha / r)
+        modules = find_entries(model, target_modules, r)
+        plan = RankPlan(modules, r=r, scaling=2.0 if lora_alpha is None else lora_alpha / r)
         lora = {"task_type": task_type or task_type_of(model), "lora_dropout": lora_dropout}
         provenance = _provenance(model, method, plan, data, args, lora)
         configuration = provenance | _decisive(args) | {"targets": sorted(modules)}
         checkpoint = find_checkpoint(args.output_dir, resume_from_checkpoint, configuration)
         set_seed(args.seed)
-        with gates.adapted(model, plan, **lora) as peft_model:
+        with adapted(model, plan, **lora) as peft_model:
             if isinstance(method, DyLoRA):
                 nested = NestedTrainer(
                     peft_model,
@@ -122,7 +123,7 @@ def search(
                 )
                 nested.train(resume_from_checkpoint=checkpoint)
                 return _picked(plan, curve(nested, data.validation), provenance)
-            gated = gates.attach(peft_model, plan, method.activation, method.initial(r))
+            gated = attach(peft_model, plan, method.activation, method.initial(r))
             trainer_ = SearchTrainer(
                 peft_model,
                 args,
@@ -135,7 +136,7 @@ def search(
             )
             trainer_.train(resume_from_checkpoint=checkpoint)
             trainer_.stop_unless_finite_parameters()
-            alphas = gates.values(gated)
+            alphas = gate_values(gated)
             _stop_unless_moved(alphas, method, trainer_.state.global_step)
     return _learned(plan, method, alphas, provenance)
 
@@ -235,7 +236,7 @@ def train(
         args.output_dir, resume_from_checkpoint, about.get("configuration")
     )
     set_seed(args.seed)
-    peft_model = gates.build(model, plan, **lora)
+    peft_model = build(model, plan, **lora)
     trainer_ = kind(peft_model, args, train_dataset=train_dataset, **about, **trainer)
     trainer_.train(resume_from_checkpoint=checkpoint)
     return trainer_
@@ -267,7 +268,7 @@ def load_nested(
     if adapter.plan is None or adapter.method is None:
         raise AdapterError(f"{folder} holds an adapter of one rank; give nested/ of a DyLoRA run")
     args = search_args(_labelled(args), adapter.method)
-    gates.check_fits(model, adapter.plan)
+    check_fits(model, adapter.plan)
     peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     return NestedTrainer(
         peft_model, args, plan=adapter.plan, method=adapter.method, configuration={}, **trainer
@@ -281,10 +282,10 @@ def check_nested(method: DyLoRA, plan: RankPlan) -> RankPlan:
     if len(ranks := set(plan.ranks.values())) != 1:
         raise PlanError(
             f"DyLoRA draws one rank for all modules, but the plan has ranks {min(ranks)} to "
-            f"{max(ranks)}; give RankPlan.uniform(model, r)"
+            f"{max(ranks)}; give rankwise.uniform(model, r)"
         )
-    plan = replace(plan, r_max=ranks.pop())
-    method.probabilities(plan.r_max)
+    plan = replace(plan, r=ranks.pop())
+    method.probabilities(plan.r)
     return plan
 
 
@@ -523,7 +524,7 @@ def _provenance(
     config = getattr(model, "config", None)
     return {
         "method": method.describe() if isinstance(method, DyLoRA) else asdict(method),
-        "k": plan.r_max,
+        "k": plan.r,
         "scaling": plan.scaling,
         "modules": len(plan.modules),
         "lora": lora,

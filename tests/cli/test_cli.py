@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from rankwise import RankPlan, RankwiseError, trainers, training
 from rankwise.cli import arguments, main, stages
 from rankwise.cli import train as train_command
+from rankwise.lora import check
 
 FAST = (
     "--max_steps 4 --per_device_train_batch_size 8 --learning_rate 1e-2 --save_steps 2 --use_cpu"
@@ -143,7 +144,7 @@ def test_the_adapter_of_a_run_is_stock_peft(finished, bert):
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(bert, str(finished / "adapter"))
-    RankPlan.load(finished / "plan.json").check(model)
+    check(model, RankPlan.load(finished / "plan.json"))
     card = (finished / "adapter" / "README.md").read_text()
     assert "| layer | query | value |" in card
     assert f"{metrics_of(finished)['eval']['accuracy']:.4f}" in card
@@ -187,7 +188,7 @@ def test_train_at_one_rank(trained):
 def test_a_hand_edited_plan_is_trained_as_edited(finished, base, tmp_path):
     raw = json.loads((finished / "plan.json").read_text())
     first, second, *_ = raw["modules"]
-    raw["modules"][first]["r"], raw["modules"][second]["r"] = 0, 7
+    raw["modules"][first]["rank"], raw["modules"][second]["rank"] = 0, 7
     (tmp_path / "plan.json").write_text(json.dumps(raw))
     out = tmp_path / "out"
     main(
@@ -340,7 +341,7 @@ def test_results_are_not_overwritten_unasked(trained, base, tmp_path, capsys):
     refused(capsys, argv, str(out), "--overwrite_output_dir")
     assert (out / "plan.json").read_text() == "precious"
     main([*argv, "--overwrite_output_dir"])
-    assert RankPlan.load(out / "plan.json").r_max == 4
+    assert RankPlan.load(out / "plan.json").r == 4
     assert metrics_of(out)["steps"] == 1
     assert not (out / "stale.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -896,8 +897,8 @@ def test_a_plan_that_cannot_be_read(base, tmp_path, capsys, plan, words):
     [
         (lambda name, value: (name.replace("layer.0", "layer.9"), value), ["layer.9"]),
         (lambda name, value: (name, value | {"in": 64}), ["32 x 64", "another model"]),
-        (lambda name, value: (name, value | {"r": -1}), ["-1", ">= 0"]),
-        (lambda name, value: (name, value | {"r": 0}), ["every rank of the plan is 0"]),
+        (lambda name, value: (name, value | {"rank": -1}), ["-1", ">= 0"]),
+        (lambda name, value: (name, value | {"rank": 0}), ["every rank of the plan is 0"]),
     ],
 )
 def test_a_plan_for_another_model(finished, base, tmp_path, capsys, edit, words):

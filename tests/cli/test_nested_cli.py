@@ -120,7 +120,7 @@ def test_truncate_takes_a_plan_and_a_budget(finished, tmp_path):
     common = ["truncate", "--adapter", str(finished / "nested")]
     main([*common, "--plan", str(tmp_path / "mine.json"), "--output_dir", str(tmp_path / "a")])
     cuts = json.loads((tmp_path / "a" / "truncation.json").read_text())
-    assert {name: cut["r"] for name, cut in cuts.items()} == plan.ranks
+    assert {name: cut["rank"] for name, cut in cuts.items()} == plan.ranks
     main([*common, "--budget", str(3 * PER_RANK - 1), "--output_dir", str(tmp_path / "b")])
     assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["r"] == 2
 

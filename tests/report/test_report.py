@@ -15,9 +15,9 @@ from rankwise.report.heatmap import grid
 from rankwise.tasks import Task
 
 
-def plan_of(ranks: dict[str, int], r_max: int = 8, **kwargs) -> RankPlan:
+def plan_of(ranks: dict[str, int], r: int = 8, **kwargs) -> RankPlan:
     modules = {name: Entry(r, 32, 32, module=name) for name, r in ranks.items()}
-    return RankPlan(modules, r_max=r_max, **kwargs)
+    return RankPlan(modules, r=r, **kwargs)
 
 
 def bert_plan(layers: int = 2, **kwargs) -> RankPlan:
@@ -45,7 +45,7 @@ def test_grid_of_gpt2():
 def test_grid_of_llama():
     parts = ("self_attn.q_proj", "self_attn.v_proj", "mlp.gate_proj")
     ranks = {f"model.layers.{i}.{part}": 1 + i for i in range(12) for part in parts}
-    layers, matrices, table = grid(plan_of(ranks, r_max=12))
+    layers, matrices, table = grid(plan_of(ranks, r=12))
     assert layers == [str(i) for i in range(12)]  # in the model's order, not as text
     assert matrices == ["q_proj", "v_proj", "gate_proj"]
     assert table == [list(range(1, 13))] * 3
@@ -129,7 +129,7 @@ def test_heatmap_differs_with_the_ranks_and_grows_with_the_layers(tmp_path):
 
 
 def test_heatmap_of_one_rank_and_of_ranks_with_gaps(tmp_path):
-    assert save_heatmap(plan_of({"linear": 1}, r_max=1), tmp_path / "one.png")
+    assert save_heatmap(plan_of({"linear": 1}, r=1), tmp_path / "one.png")
     gaps = plan_of({"model.layers.0.q_proj": 0, "lm_head": 9})
     assert save_heatmap(gaps, tmp_path / "gaps.png")
     assert (tmp_path / "one.png").stat().st_size > 1000

@@ -19,7 +19,7 @@ from rankwise.cli import stages
 from rankwise.cli.arguments import LoraArguments, NestedArguments, SearchArguments
 from rankwise.errors import AdapterError, DataError, RankwiseError
 from rankwise.files import write_json
-from rankwise.gates import check_fits
+from rankwise.lora import check_fits, uniform
 from rankwise.methods import METHODS, DyLoRA
 from rankwise.nested import Curve, NestedTrainer, curve, pick
 from rankwise.plan import RankPlan
@@ -69,8 +69,8 @@ def _trained_before(
     if adapter.plan is None:
         raise AdapterError(f"{folder} holds an adapter of one rank; give a DyLoRA run")
     check_fits(model, adapter.plan)
-    if lora.r not in (adapter.plan.r_max, LoraArguments().r):
-        raise RankwiseError(f"--r is {lora.r}, but the adapter has {adapter.plan.r_max}; omit it")
+    if lora.r not in (adapter.plan.r, LoraArguments().r):
+        raise RankwiseError(f"--r is {lora.r}, but the adapter has {adapter.plan.r}; omit it")
     if method not in (adapter.method, METHODS[search.method]):
         key = next(k for k, v in vars(method).items() if v != getattr(adapter.method, k))
         raise RankwiseError(
@@ -88,7 +88,7 @@ def _trained_before(
 
 def _largest_plan(model: PreTrainedModel, lora: LoraArguments) -> RankPlan:
     """The plan of rank r everywhere, at which DyLoRA trains."""
-    return RankPlan.uniform(
+    return uniform(
         model,
         lora.r,
         target_modules=stages.target_modules(lora),
@@ -259,7 +259,7 @@ def svd_stage(
     shutil.rmtree(folder / "cut", ignore_errors=True)
     adapter.save(folder / "cut")
     head = figures["trainable_parameters"] - figures["lora_parameters"]
-    ranks = [factors.r for factors in adapter.factors().values()]
+    ranks = [factors.rank for factors in adapter.factors().values()]
     parameters = round(adapter.parameters * counted)
     figures |= {
         "eval": stages.evaluate_adapter(job, folder / "cut"),

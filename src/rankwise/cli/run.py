@@ -88,11 +88,11 @@ def run(
     plan = RankPlan.load(work / "plan.json")
     plans, results = {}, {}
     for i, name in enumerate(wanted, 1 + count - len(wanted)):
-        if name == "random" and set(plan.ranks.values()) in ({1}, {plan.r_max}):
+        if name == "random" and set(plan.ranks.values()) in ({1}, {plan.r}):
             stages.console.print("no random control: there is one plan of this size alone")
             continue
         if name == "svd":
-            plans[name] = RankPlan.uniform(plan, plan.r_max)
+            plans[name] = RankPlan.uniform(plan, plan.r)
             _stage(i, count, f"training LoRA of rank {lora.r}, truncated by SVD")
             results[name] = dylora.svd_stage(job, plans[name], work, resume, lora, rows)
             continue
@@ -138,7 +138,7 @@ def _control_plan(name: str, plan: RankPlan, control_r: int | None, seed: int) -
 
 def _label(name: str, plan: RankPlan) -> str:
     if name == "svd":
-        return f"LoRA r={plan.r_max}, truncated by SVD"
+        return f"LoRA r={plan.r}, truncated by SVD"
     if name == "uniform":
         return f"uniform r={plan.provenance['r']}"
     return "random plan, same size"

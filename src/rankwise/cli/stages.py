@@ -36,7 +36,7 @@ from rankwise.cli.arguments import (
 )
 from rankwise.errors import AdapterError, DataError, DivergedError, ModelError, RankwiseError
 from rankwise.files import write_json
-from rankwise.gates import find_entries
+from rankwise.lora import find_entries
 from rankwise.methods import METHODS, DyLoRA, Method
 from rankwise.plan import RankPlan
 from rankwise.report import save_heatmap, write_card

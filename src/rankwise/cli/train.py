@@ -17,7 +17,7 @@ from rankwise.cli.arguments import (
 )
 from rankwise.cli.workspace import finish, open_workspace
 from rankwise.errors import PlanError
-from rankwise.gates import check_fits
+from rankwise.lora import check_fits, uniform
 from rankwise.plan import RankPlan
 from rankwise.report import print_table
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
     stages.check_training(job)
     base = stages.fresh_model(job)
     if plan is None:
-        plan = RankPlan.uniform(
+        plan = uniform(
             base,
             lora.r,
             target_modules=stages.target_modules(lora),

@@ -22,7 +22,7 @@ class DyLoRA:
         r_min: the smallest rank drawn, at least 1; the largest is the r of the plan.
         distribution: of b: `"uniform"`, or `"geometric"`, P(b) ∝ p (1-p)^(b-1) within the range.
         p: of the geometric distribution, above 0 and below 1.
-        weights: one probability per rank from r_min to r_max, instead of a distribution.
+        weights: one probability per rank from r_min to r, instead of a distribution.
         frozen: only the b-th column of B and the b-th row of A move in a step (the paper's
             "frozen" mode, the cheaper update); every other one is unchanged bit for bit, weight
             decay and momentum included. The task head moves in every step.
@@ -64,24 +64,24 @@ class DyLoRA:
                 "the last weight is 0, so the largest rank would never be trained; lower r instead"
             )
 
-    def probabilities(self, r_max: int) -> dict[int, float]:
-        """The probability of every b from r_min to r_max.
+    def probabilities(self, r: int) -> dict[int, float]:
+        """The probability of every b from r_min to r.
 
         Raises:
-            RankwiseError: r_min above r_max, or another number of weights than of ranks.
+            RankwiseError: r_min above r, or another number of weights than of ranks.
 
         Example:
             >>> DyLoRA(weights=(0.25, 0.75), r_min=3).probabilities(4)
             {3: 0.25, 4: 0.75}
         """
-        if self.r_min > r_max:
-            raise RankwiseError(f"r_min is {self.r_min}, above the largest rank {r_max}")
-        ranks = range(self.r_min, r_max + 1)
+        if self.r_min > r:
+            raise RankwiseError(f"r_min is {self.r_min}, above the largest rank {r}")
+        ranks = range(self.r_min, r + 1)
         if self.weights is not None:
             if len(self.weights) != len(ranks):
                 raise RankwiseError(
                     f"there are {len(self.weights)} weights for the {len(ranks)} ranks "
-                    f"{self.r_min} to {r_max}; give one for each"
+                    f"{self.r_min} to {r}; give one for each"
                 )
             return {b: w / sum(self.weights) for b, w in zip(ranks, self.weights, strict=True)}
         if self.distribution == "uniform":
@@ -90,20 +90,20 @@ class DyLoRA:
         total = sum(geometric.values())
         return {b: weight / total for b, weight in geometric.items()}
 
-    def trained(self, r_max: int) -> list[int]:
+    def trained(self, r: int) -> list[int]:
         """The ranks that are ever drawn, in ascending order."""
-        return [b for b, p in self.probabilities(r_max).items() if p > 0]
+        return [b for b, p in self.probabilities(r).items() if p > 0]
 
     def describe(self) -> dict[str, Any]:
         """The settings as JSON holds them in a plan's provenance."""
         return {"name": "dylora", **asdict(self)}
 
-    def draw(self, r_max: int, seed: int, step: int) -> int:
+    def draw(self, r: int, seed: int, step: int) -> int:
         """b of one optimizer step: a function of seed and step, and of nothing else.
 
         So all layers, micro-batches and processes of a step share it, and a resumed run draws what
         the run that was never stopped would have drawn.
         """
-        probabilities = self.probabilities(r_max)
+        probabilities = self.probabilities(r)
         rng = np.random.default_rng([seed, step])
         return int(rng.choice(list(probabilities), p=list(probabilities.values())))

@@ -70,7 +70,7 @@ def _choice(plan: RankPlan) -> str:
     if len(ranks) == 1:
         method = plan.provenance.get("method")
         cut = isinstance(method, dict) and method.get("name") == "dylora"
-        how = f", cut from a DyLoRA training of ranks up to {plan.r_max}" if cut else ""
+        how = f", cut from a DyLoRA training of ranks up to {plan.r}" if cut else ""
         return f"Every adapted module has rank {ranks.pop()}{how} {size}."
     return f"Its ranks differ by layer {size}; they come from {_method(plan)}."
 
@@ -82,7 +82,7 @@ def _method(plan: RankPlan) -> str:
     if method.get("name") == "dylora":
         return "a DyLoRA training of all ranks, chosen within a budget"
     learned = AutoLoRA(**method)
-    gates = [(e.r, e.gate) for e in plan.modules.values() if e.gate is not None]
+    gates = [(e.rank, e.gate) for e in plan.modules.values() if e.gate is not None]
     edited = any(r != len(learned.kept(list(gate))) for r, gate in gates)
     return f"AutoLoRA ({learned.gate} gate)" + (", edited by hand since" if edited else "")
 

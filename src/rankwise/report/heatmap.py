@@ -28,7 +28,7 @@ def save_heatmap(plan: RankPlan, path: Path) -> bool:
     )
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    top = max(plan.r_max, *plan.ranks.values())
+    top = max(plan.r, *plan.ranks.values())
     image = axes.imshow(
         [[float("nan") if r is None else r for r in row] for row in ranks],
         cmap="viridis",
@@ -46,7 +46,7 @@ def save_heatmap(plan: RankPlan, path: Path) -> bool:
     axes.set_xlabel("layer")
     mean = sum(plan.ranks.values()) / len(plan.ranks)
     axes.set_title(
-        f"ranks, mean {mean:.2f} of {plan.r_max}; {plan.parameters:,} parameters", fontsize=10
+        f"ranks, mean {mean:.2f} of {plan.r}; {plan.parameters:,} parameters", fontsize=10
     )
     figure.colorbar(image, ax=axes, label="rank", shrink=0.7)
     with temporary_name(path) as temporary:

@@ -84,7 +84,7 @@ def print_cuts(cuts: dict[str, Any], console: Console | None = None) -> None:
         table.add_column(header, justify="left" if header == "module" else "right")
     for name, cut in cuts.items():
         lost = "trained" if cut.lost is None else f"{100 * cut.lost:.1f} %"
-        table.add_row(name, str(cut.r_before), str(cut.r), lost)
+        table.add_row(name, str(cut.rank_before), str(cut.rank), lost)
     (console or Console()).print(table)
 
 

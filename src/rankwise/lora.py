@@ -1,8 +1,4 @@
-"""Gates on the rank axis of PEFT's LoRA layers: the only file that knows PEFT's insides.
-
-A gate is the vector g in ΔW = s B diag(g) A. It is attached as a parametrization of B, so that
-every reader of `lora_B.weight` (forward, merge, DoRA's norm) sees the same gated matrix, and baked
-by folding g into B, which leaves an ordinary PEFT adapter.
+"""What PEFT's LoRA layers are made of: the only file that knows PEFT's insides.
 
 Ranks live at *entries* of a plan. Most entries are a whole module. A fused projection (GPT-2's
 `c_attn` computes query, key and value at once) has an entry per part: the parts' rank-1 pieces lie
@@ -13,8 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from numbers import Integral
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -41,87 +36,6 @@ HEADED = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAns
 # PEFT's default for GPT-2 is the whole of c_attn; the paper adapts query and value.
 DEFAULT_PARTS = {"gpt2": ["c_attn.q", "c_attn.v"]}
 
-AnyGate = TypeVar("AnyGate", bound="Gate")
-
-
-class Gate(nn.Module):
-    """g on the rank axis of one layer's B, one slice of it per plan entry.
-
-    Args:
-        names: names of the plan entries that share this layer, in rank order.
-        sizes: rank-1 pieces of each entry; they sum to the layer's r.
-        mask: (out, r) of 0 and 1 for a fused layer, else None.
-
-    Where g comes from is the subclass's: `values()` gives it, length r, float32.
-    """
-
-    def __init__(self, names: list[str], sizes: list[int], mask: Tensor | None):
-        super().__init__()
-        self.mask: Tensor | None
-        self.names, self.sizes = names, sizes
-        self.register_buffer("mask", mask, persistent=False)
-
-    def values(self) -> Tensor:
-        raise NotImplementedError
-
-    def forward(self, b: Tensor) -> Tensor:
-        """B (out, r, ...) -> B diag(g)."""
-        g = self.values().to(b.dtype)
-        if self.mask is not None:
-            g = g * self.mask
-        elif b.dim() > 2:  # Conv2d: (out, r, 1, 1)
-            g = g.view(1, -1, *[1] * (b.dim() - 2))
-        return b * g
-
-
-class LearnedGate(Gate):
-    """g = activation(β), β learned; the activation is applied to each entry apart.
-
-    β is kept in float32 whatever the type of B: its learning rate is below bf16's resolution.
-    """
-
-    def __init__(
-        self,
-        names: list[str],
-        sizes: list[int],
-        mask: Tensor | None,
-        beta: Tensor,
-        activation: Callable[[Tensor], Tensor],
-    ):
-        super().__init__(names, sizes, mask)
-        self.beta, self.activation = nn.Parameter(beta), activation
-
-    def values(self) -> Tensor:
-        if len(self.sizes) == 1:
-            return self.activation(self.beta)
-        return torch.cat([self.activation(part) for part in self.beta.split(self.sizes)])
-
-
-class NestedGate(Gate):
-    """The first b pieces of each entry, scaled by r / b: α/r, PEFT's scale, becomes α/b.
-
-    g is a buffer that `set_ranks` writes in place, so that one compiled graph serves every b and
-    no state dict holds it. It starts with all pieces.
-    """
-
-    def __init__(
-        self, names: list[str], sizes: list[int], mask: Tensor | None, device: torch.device
-    ):
-        super().__init__(names, sizes, mask)
-        self.g: Tensor
-        self.register_buffer("g", torch.ones(sum(sizes), device=device), persistent=False)
-
-    def values(self) -> Tensor:
-        return self.g
-
-    def set_ranks(self, ranks: Mapping[str, int]) -> None:
-        """Keeps the first `ranks[name]` pieces of each entry of this layer."""
-        parts = []
-        for name, size in zip(self.names, self.sizes, strict=True):
-            b = ranks[name]
-            parts.append(torch.cat([torch.full((b,), size / b), torch.zeros(size - b)]))
-        self.g.copy_(torch.cat(parts))
-
 
 def find_entries(
     model: nn.Module, target_modules: list[str] | str | None, r: int
@@ -146,7 +60,7 @@ def find_entries(
     entries: dict[str, Entry] = {}
     used: set[str] = set()
     for name, module in model.named_modules():
-        if (shape := _shape(module)) is None or _in_head(model, name):
+        if (shape := matrix_shape(module)) is None or _in_head(model, name):
             continue
         parts = _parts(name, module)
         for part, rows in [(None, None), *([] if isinstance(targets, str) else parts)]:
@@ -173,11 +87,38 @@ def find_entries(
     return entries
 
 
+def uniform(
+    model: nn.Module,
+    r: int,
+    *,
+    target_modules: list[str] | str | None = None,
+    lora_alpha: float | None = None,
+) -> RankPlan:
+    """The plan that gives every adapted module of a base model the rank r.
+
+    Args:
+        model: a transformers model without adapters.
+        r: the rank, >= 1.
+        target_modules: what to adapt, see `find_entries`.
+        lora_alpha: LoRA's alpha at this rank; None is 2 r, a scaling of 2.
+
+    Raises:
+        ModelError: r < 1, or a target that matches nothing.
+
+    Example:
+        >>> uniform(model, 8, target_modules="all-linear").parameters
+        331776
+    """
+    entries = find_entries(model, target_modules, r)
+    scaling = 2.0 if lora_alpha is None else lora_alpha / r
+    return RankPlan(entries, r=r, scaling=scaling, provenance={"method": "uniform", "r": r})
+
+
 def build(model: nn.Module, plan: RankPlan, **lora: Any) -> PeftModel:
     """`get_peft_model` with the plan's LoraConfig, checked, and fused modules kept to their parts.
 
     For plans without fused modules it is the same as
-    `get_peft_model(model, plan.lora_config(...))` followed by `plan.check(...)`. For a fused module
+    `get_peft_model(model, plan.lora_config(...))` followed by `check(...)`. For a fused module
     it moreover lets each rank-1 piece reach the rows of its own part only: B starts at zero there,
     and a hook on its gradient keeps it there, in any trainer that calls `backward()` on this very
     model (a deep copy loses its hooks).
@@ -193,13 +134,13 @@ def build(model: nn.Module, plan: RankPlan, **lora: Any) -> PeftModel:
     check_fits(model, plan)
     peft_model = get_peft_model(model, plan.lora_config(**lora))
     try:
-        plan.check(peft_model)
+        check(peft_model, plan)
     except PlanError:
         peft_model.unload()
         raise
-    for name, entries in _by_module(plan).items():
-        weight = _b_weight(_layers(peft_model)[name])
-        if (mask := _mask(entries, weight)) is not None:
+    for name, entries in by_module(plan).items():
+        weight = b_weight(layers_of(peft_model)[name])
+        if (mask := part_mask(entries, weight)) is not None:
             weight.register_hook(_masking(mask))
     return peft_model
 
@@ -222,7 +163,7 @@ def check_fits(model: nn.Module, plan: RankPlan) -> None:
     if any(isinstance(module, LoraLayer) for module in modules.values()):
         raise ModelError("the model already has LoRA layers; pass the base model (model.unload())")
     for name, entry in plan.modules.items():
-        if entry.module not in modules or (shape := _shape(modules[entry.module])) is None:
+        if entry.module not in modules or (shape := matrix_shape(modules[entry.module])) is None:
             raise PlanError(
                 f"plan entry {name!r} names no module of {type(model).__name__} that takes LoRA; "
                 f"the plan is for another model, or was edited wrongly"
@@ -240,84 +181,36 @@ def check_fits(model: nn.Module, plan: RankPlan) -> None:
             )
 
 
-def attach(
-    model: PeftModel,
-    plan: RankPlan,
-    activation: Callable[[Tensor], Tensor],
-    initial: float = 0.0,
-) -> dict[str, LearnedGate]:
-    """Puts a learned gate on every adapted layer; forward, merge and every reader of B see it.
+def check(model: PeftModel, plan: RankPlan, adapter_name: str = ADAPTER) -> None:
+    """Asserts that a PEFT model realises a plan: each module's rank and scaling.
 
-    While gates are attached, state-dict keys read `...parametrizations.weight.original`: bake
-    before any public save.
-
-    Args:
-        model: PEFT model at the plan's ranks (see `build`).
-        plan: says which entries share a layer, and their sizes.
-        activation: β (k,) -> g (k,).
-        initial: starting value of β.
-
-    Returns:
-        The gates by module name, in the plan's order.
-    """
-
-    def gate(
-        names: list[str], sizes: list[int], mask: Tensor | None, device: torch.device
-    ) -> LearnedGate:
-        beta = torch.full((sum(sizes),), initial, device=device)
-        return LearnedGate(names, sizes, mask, beta, activation)
-
-    return _attach(model, plan, gate)
-
-
-def attach_nested(model: PeftModel, plan: RankPlan) -> dict[str, NestedGate]:
-    """The same with a gate that keeps the first b pieces of every layer, at first all of them.
-
-    Args:
-        model: PEFT model at the plan's ranks.
-        plan: says which entries share a layer, and their sizes.
-
-    Returns:
-        The gates by module name, in the plan's order, for `set_ranks`.
-    """
-    return _attach(model, plan, NestedGate)
-
-
-def _attach(model: PeftModel, plan: RankPlan, gate: Callable[..., AnyGate]) -> dict[str, AnyGate]:
-    layers = _layers(model)
-    gates = {}
-    for name, entries in _by_module(plan).items():
-        sizes = [e.r for e in entries.values()]
-        weight = _b_weight(layers[name])
-        gates[name] = gate(list(entries), sizes, _mask(entries, weight), weight.device)
-        parametrize.register_parametrization(*_b_slot(layers[name]), gates[name])
-    return gates
-
-
-def set_ranks(gates: Mapping[str, NestedGate], ranks: int | Mapping[str, int]) -> None:
-    """Makes nested gates keep the first b pieces: one b for all, or one per plan entry.
-
-    Args:
-        gates: what `attach_nested` returned.
-        ranks: b, or b by entry name.
+    PEFT matches patterns as regular expressions and silently ignores one that matches nothing,
+    so a built model is looked at rather than trusted.
 
     Raises:
-        PlanError: a rank below 1 or above what the entry has, or names that are not the entries'.
-            No gate has changed then.
-
-    Example:
-        >>> set_ranks(gates, 2)
+        PlanError: a module that lacks an adapter, has one it should not have, or has another
+            rank or scaling than the plan says.
     """
-    sizes = {n: r for g in gates.values() for n, r in zip(g.names, g.sizes, strict=True)}
-    wanted = ranks if isinstance(ranks, Mapping) else dict.fromkeys(sizes, ranks)
-    if odd := sorted(set(wanted) ^ set(sizes)):
-        raise PlanError(f"ranks and gates differ in the entry {odd[0]!r}; give one rank per entry")
-    for name, size in sizes.items():
-        b = wanted[name]
-        if not (isinstance(b, Integral) and 1 <= b <= size):
-            raise PlanError(f"{name!r} has ranks 1 to {size}; {b} is none of them")
-    for gate in gates.values():
-        gate.set_ranks({name: int(wanted[name]) for name in gate.names})
+    found = realised(model, adapter_name)
+    for name, rank in plan.module_ranks().items():
+        if name not in found:
+            raise PlanError(
+                f"the plan gives {name!r} rank {rank}, but the model has no adapter there"
+            )
+        rank_found, scaling, shape = found[name]
+        if rank_found != rank or abs(scaling - plan.scaling) > 1e-9 * plan.scaling:
+            raise PlanError(
+                f"{name!r} has rank {rank_found} and scaling {scaling:g} in the model; "
+                f"the plan says {rank} and {plan.scaling:g}"
+            )
+        for entry in plan.modules.values():
+            if entry.module == name and shape is not None and entry.in_features != shape[0]:
+                raise PlanError(
+                    f"{name!r} takes {shape[0]} inputs in the model; the plan says "
+                    f"{entry.in_features}, so it is for another model"
+                )
+    if extra := sorted(set(found) - set(plan.module_ranks())):
+        raise PlanError(f"the model has an adapter at {extra[0]!r}, which the plan lacks")
 
 
 def factors(model: PeftModel) -> dict[str, tuple[Tensor, Tensor]]:
@@ -326,60 +219,19 @@ def factors(model: PeftModel) -> dict[str, tuple[Tensor, Tensor]]:
     The rank axis is A's first and B's second.
     """
     found = {}
-    for name, layer in _layers(model).items():
-        gated = _gate(layer) is not None
-        owner, slot = _b_slot(layer)
-        b = cast(Any, owner.parametrizations)[slot].original if gated else _b_weight(layer)
+    for name, layer in layers_of(model).items():
+        owner, slot = b_slot(layer)
+        gated = parametrize.is_parametrized(owner, slot)
+        b = cast(Any, owner.parametrizations)[slot].original if gated else b_weight(layer)
         embedding = ADAPTER in layer.lora_embedding_A
         a = layer.lora_embedding_A[ADAPTER] if embedding else layer.lora_A[ADAPTER].weight
         found[name] = (a, b)
     return found
 
 
-def values(gates: Mapping[str, Gate]) -> dict[str, list[float]]:
-    """g by plan entry, as plain floats."""
-    found: dict[str, list[float]] = {}
-    for gate in gates.values():
-        for name, part in zip(
-            gate.names, gate.values().detach().cpu().split(gate.sizes), strict=True
-        ):
-            found[name] = part.tolist()
-    return found
-
-
-@torch.no_grad()
-def bake(model: PeftModel, keep: Mapping[str, list[int]] | None = None) -> None:
-    """Folds every gate into its B and removes it; with `keep`, prunes the rank axis as well.
-
-    The model computes the same function as before where everything is kept, and is an ordinary
-    PEFT model afterwards. The scaling of a pruned layer is unchanged: `r` and `lora_alpha` shrink
-    together, in the layer and in the model's LoraConfig, so that the saved adapter says the same.
-
-    Args:
-        model: PEFT model with gates attached.
-        keep: by plan entry, which rank-1 pieces stay, 0-based, in the order given; at least one for
-            each layer. None keeps all.
-
-    Raises:
-        PlanError: a layer would be left without a piece, or a piece does not exist.
-    """
-    pieces = {}  # all checked before anything moves
-    for name, layer in _layers(model).items():
-        if (gate := _gate(layer)) is not None and keep is not None:
-            pieces[name] = _kept(name, gate, keep)
-    for name, layer in _layers(model).items():
-        if _gate(layer) is None:
-            continue
-        parametrize.remove_parametrizations(*_b_slot(layer), leave_parametrized=True)
-        if name in pieces:
-            _shrink(layer, pieces[name])
-    if pieces:
-        _write_ranks(model)
-
-
-def _write_ranks(model: PeftModel) -> None:
+def write_ranks(model: PeftModel) -> None:
     """Makes the model's LoraConfig say the layers' ranks."""
-    layers = _layers(model)
+    layers = layers_of(model)
     said = {name: (layer.r[ADAPTER], layer.lora_alpha[ADAPTER]) for name, layer in layers.items()}
     for key, value in patterns(said).items():
         setattr(model.peft_config[ADAPTER], key, value)
@@ -390,8 +242,12 @@ def realised(
 ) -> dict[str, tuple[int, float, tuple[int, int] | None]]:
     """(r, scaling, (in, out)) of every adapted layer of a built PEFT model, by base module name."""
     return {
-        name: (layer.r[adapter_name], layer.scaling[adapter_name], _shape(layer.get_base_layer()))
-        for name, layer in _layers(model, adapter_name).items()
+        name: (
+            layer.r[adapter_name],
+            layer.scaling[adapter_name],
+            matrix_shape(layer.get_base_layer()),
+        )
+        for name, layer in layers_of(model, adapter_name).items()
     }
 
 
@@ -437,7 +293,7 @@ def _checkpointing(model: nn.Module) -> bool:
     return next((getattr(model, name) for name in names if hasattr(type(model), name)), False)
 
 
-def _layers(model: PeftModel, adapter_name: str = ADAPTER) -> dict[str, LoraLayer]:
+def layers_of(model: PeftModel, adapter_name: str = ADAPTER) -> dict[str, LoraLayer]:
     return {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
@@ -445,40 +301,19 @@ def _layers(model: PeftModel, adapter_name: str = ADAPTER) -> dict[str, LoraLaye
     }
 
 
-def _b_slot(layer: LoraLayer) -> tuple[nn.Module, str]:
+def b_slot(layer: LoraLayer) -> tuple[nn.Module, str]:
     """The module that owns B and the name under which it does."""
     if ADAPTER in layer.lora_embedding_B:
         return layer.lora_embedding_B, ADAPTER
     return layer.lora_B[ADAPTER], "weight"
 
 
-def _b_weight(layer: LoraLayer) -> Tensor:
-    owner, name = _b_slot(layer)
+def b_weight(layer: LoraLayer) -> Tensor:
+    owner, name = b_slot(layer)
     return owner[name] if isinstance(owner, nn.ParameterDict) else getattr(owner, name)
 
 
-def _gate(layer: LoraLayer) -> Gate | None:
-    owner, name = _b_slot(layer)
-    if not parametrize.is_parametrized(owner, name):
-        return None
-    return cast(Any, owner.parametrizations)[name][0]
-
-
-def _kept(name: str, gate: Gate, keep: Mapping[str, list[int]]) -> list[int]:
-    """Indices on the layer's rank axis of the pieces that stay, over all entries of the layer."""
-    kept, offset = [], 0
-    for entry, size in zip(gate.names, gate.sizes, strict=True):
-        for j in keep.get(entry, []):
-            if not 0 <= j < size:
-                raise PlanError(f"{entry!r} has pieces 0 to {size - 1}; piece {j} cannot be kept")
-            kept.append(offset + j)
-        offset += size
-    if not kept:
-        raise PlanError(f"{name!r} would keep no piece; keep at least one, or leave the module out")
-    return kept
-
-
-def _shrink(layer: LoraLayer, kept: list[int]) -> None:
+def shrink(layer: LoraLayer, kept: list[int]) -> None:
     """Keeps these rank-1 pieces of a layer, at an unchanged scaling."""
     if ADAPTER in layer.lora_embedding_B:
         a, b = layer.lora_embedding_A, layer.lora_embedding_B
@@ -497,16 +332,16 @@ def _shrink(layer: LoraLayer, kept: list[int]) -> None:
     layer.lora_alpha[ADAPTER] = tidy(alpha)
 
 
-def _by_module(plan: RankPlan) -> dict[str, dict[str, Entry]]:
+def by_module(plan: RankPlan) -> dict[str, dict[str, Entry]]:
     """Entries with rank > 0, grouped by the module they share."""
     grouped: dict[str, dict[str, Entry]] = {}
     for name, entry in plan.modules.items():
-        if entry.r > 0:
+        if entry.rank > 0:
             grouped.setdefault(entry.module, {})[name] = entry
     return grouped
 
 
-def _mask(entries: Mapping[str, Entry], weight: Tensor) -> Tensor | None:
+def part_mask(entries: Mapping[str, Entry], weight: Tensor) -> Tensor | None:
     """0 and 1 like B (out, r): each entry's pieces reach its rows only; None if all are whole."""
     if all(entry.rows is None for entry in entries.values()):
         return None
@@ -514,12 +349,12 @@ def _mask(entries: Mapping[str, Entry], weight: Tensor) -> Tensor | None:
     column = 0
     for entry in entries.values():
         start, stop = entry.rows or (0, weight.shape[0])
-        mask[start:stop, column : column + entry.r] = 1
-        column += entry.r
+        mask[start:stop, column : column + entry.rank] = 1
+        column += entry.rank
     return mask
 
 
-def _shape(module: nn.Module) -> tuple[int, int] | None:
+def matrix_shape(module: nn.Module) -> tuple[int, int] | None:
     """(in, out) of the matrix that LoRA updates, counted as PEFT's A and B are; None if not one."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
@@ -581,7 +416,7 @@ def _candidates(model: nn.Module) -> str:
     """`query (6), value (6), ...`: what target_modules could have named, commonest first."""
     leaves: Counter[str] = Counter()
     for name, module in model.named_modules():
-        plain = _shape(module) is not None and not isinstance(module, nn.Embedding)
+        plain = matrix_shape(module) is not None and not isinstance(module, nn.Embedding)
         if plain and not _in_head(model, name):
             leaf = name.rpartition(".")[2]
             leaves[leaf] += 1
