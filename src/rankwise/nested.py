@@ -28,7 +28,7 @@ from rankwise.gate import attach_nested, bake, keep_first
 from rankwise.lora import ADAPTER, factors
 from rankwise.methods import DyLoRA
 from rankwise.plan import RankPlan
-from rankwise.trainers import GatedTrainer
+from rankwise.trainer import GatedTrainer
 
 RESAMPLES = 100  # of the bootstrap behind a standard error, which is then known to 7 %
 FEW_BATCHES = 8  # too few for the standard error of a mean over batches

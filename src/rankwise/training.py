@@ -19,13 +19,22 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from rankwise.adapter import Adapter
-from rankwise.errors import AdapterError, CheckpointError, DataError, PlanError, RankwiseError
+from rankwise.bilevel import SearchTrainer
+from rankwise.errors import AdapterError, DataError, PlanError, RankwiseError
 from rankwise.gate import attach, gate_values
 from rankwise.lora import adapted, build, check_fits, find_entries
 from rankwise.methods import METHODS, AutoLoRA, DyLoRA, Method
 from rankwise.nested import Curve, NestedTrainer, curve, pick
 from rankwise.plan import RankPlan
-from rankwise.trainers import FiniteTrainer, SearchTrainer, task_type_of
+from rankwise.trainer import (
+    FiniteTrainer,
+    decisive,
+    default_arguments,
+    find_checkpoint,
+    labelled,
+    replaced,
+    task_type_of,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -97,7 +106,7 @@ def search(
     method = _method(method)
     _check_lora(model, lora_alpha, lora_dropout)
     with TemporaryDirectory() as scratch:
-        args = args or _default_args(scratch)
+        args = args or default_arguments(scratch)
         args = search_args(args, method)
         fraction = default_fraction(method) if validation_fraction is None else validation_fraction
         data = two_sets(train_dataset, validation_dataset, fraction, args.seed)
@@ -107,7 +116,7 @@ def search(
         plan = RankPlan(modules, r=r, scaling=2.0 if lora_alpha is None else lora_alpha / r)
         lora = {"task_type": task_type or task_type_of(model), "lora_dropout": lora_dropout}
         provenance = _provenance(model, method, plan, data, args, lora)
-        configuration = provenance | _decisive(args) | {"targets": sorted(modules)}
+        configuration = provenance | decisive(args) | {"targets": sorted(modules)}
         checkpoint = find_checkpoint(args.output_dir, resume_from_checkpoint, configuration)
         set_seed(args.seed)
         with adapted(model, plan, **lora) as peft_model:
@@ -218,7 +227,7 @@ def train(
         >>> trainer.model.save_pretrained("adapter")
     """
     lora = {"task_type": task_type or task_type_of(model), "lora_dropout": lora_dropout}
-    args = _labelled(args)
+    args = labelled(args)
     kind: type[FiniteTrainer] = FiniteTrainer
     about: dict[str, Any] = {}
     if method is not None:
@@ -228,7 +237,7 @@ def train(
         rows = fingerprint(train_dataset)
         configuration = {"method": asdict(nested), "ranks": plan.ranks, "scaling": plan.scaling}
         configuration |= {"lora": lora, "train_sha256": rows}
-        configuration |= {"world_size": args.world_size} | _decisive(args)
+        configuration |= {"world_size": args.world_size} | decisive(args)
         plan = plan.with_ranks(plan.ranks, seed=args.seed, train_sha256=rows)
         kind = NestedTrainer
         about = {"plan": plan, "method": nested, "configuration": configuration}
@@ -267,7 +276,7 @@ def load_nested(
     adapter = Adapter.load(folder)
     if adapter.plan is None or adapter.method is None:
         raise AdapterError(f"{folder} holds an adapter of one rank; give nested/ of a DyLoRA run")
-    args = search_args(_labelled(args), adapter.method)
+    args = search_args(labelled(args), adapter.method)
     check_fits(model, adapter.plan)
     peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     return NestedTrainer(
@@ -287,69 +296,6 @@ def check_nested(method: DyLoRA, plan: RankPlan) -> RankPlan:
     plan = replace(plan, r=ranks.pop())
     method.probabilities(plan.r)
     return plan
-
-
-def last_checkpoint(folder: str | Path) -> Path | None:
-    """The newest complete checkpoint in a folder. A run killed while saving leaves half of one."""
-    found = []
-    for path in Path(folder).glob("checkpoint-*"):
-        try:  # Trainer writes trainer_state.json last
-            found.append(
-                (json.loads((path / "trainer_state.json").read_text())["global_step"], path)
-            )
-        except (OSError, ValueError, KeyError):
-            continue
-    return max(found)[1] if found else None
-
-
-def find_checkpoint(
-    output_dir: str | Path,
-    resume_from_checkpoint: str | bool | None,
-    configuration: dict[str, Any] | None = None,
-) -> str | None:
-    """The checkpoint to resume from, checked against the configuration that would resume it.
-
-    Args:
-        output_dir: where True looks for the last complete checkpoint.
-        resume_from_checkpoint: a folder, True, or None or False for a fresh start.
-        configuration: what the checkpoint's `search.json` has to agree with; None does not look.
-
-    Raises:
-        CheckpointError: nothing there, or a checkpoint of another configuration.
-    """
-    if not resume_from_checkpoint:
-        return None
-    if resume_from_checkpoint is True:
-        path = last_checkpoint(output_dir)
-        if path is None:
-            raise CheckpointError(f"no complete checkpoint in {output_dir}; start without resuming")
-    else:
-        path = Path(resume_from_checkpoint)
-        if not (path / "trainer_state.json").is_file():
-            raise CheckpointError(
-                f"{path} is not a complete checkpoint: no trainer_state.json in it"
-            )
-    if configuration is not None:
-        try:
-            saved = json.loads((path / "search.json").read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is not a checkpoint of a search: {error}") from error
-        _same_configuration(path, saved, json.loads(json.dumps(configuration)))
-    return str(path)
-
-
-def _same_configuration(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    for key in sorted(set(saved) | set(current)):
-        was, now = saved.get(key), current.get(key)
-        if key == "versions" or was == now:
-            continue
-        if isinstance(was, dict) and isinstance(now, dict):  # the first that differs, not all
-            inner = next(k for k in sorted(set(was) | set(now)) if was.get(k) != now.get(k))
-            key, was, now = f"{key}.{inner}", was.get(inner), now.get(inner)
-        raise CheckpointError(
-            f"{path} belongs to another search: {key} was {was!r} and is now {now!r}; start "
-            "afresh, or resume with the old settings"
-        )
 
 
 @dataclass(frozen=True)
@@ -425,17 +371,6 @@ def default_fraction(method: Method) -> float:
     return 0.5 if isinstance(method, AutoLoRA) else 0.1
 
 
-def _default_args(scratch: str) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=scratch,
-        learning_rate=1e-4,
-        num_train_epochs=3,
-        per_device_train_batch_size=32,
-        save_strategy="no",
-        report_to="none",
-    )
-
-
 def search_args(args: TrainingArguments, method: Method) -> TrainingArguments:
     """The user's arguments, with what a method needs; refused where it cannot work."""
     two_level = isinstance(method, AutoLoRA)
@@ -467,7 +402,7 @@ def search_args(args: TrainingArguments, method: Method) -> TrainingArguments:
         # reentrant checkpointing refuses autograd.grad
         kwargs = args.gradient_checkpointing_kwargs or {}
         changes["gradient_checkpointing_kwargs"] = kwargs | {"use_reentrant": False}
-    return _replaced(args, **changes)
+    return replaced(args, **changes)
 
 
 def _check_nested_args(args: TrainingArguments, method: DyLoRA) -> None:
@@ -489,18 +424,6 @@ def _check_nested_args(args: TrainingArguments, method: DyLoRA) -> None:
             f"optim is {optim}, which steps inside the backward pass, where nothing can be kept "
             "frozen; take another, or dylora without frozen"
         )
-
-
-def _labelled(args: TrainingArguments) -> TrainingArguments:
-    """With the name of the labels, which Trainer cannot read off a PEFT model."""
-    return args if args.label_names is not None else _replaced(args, label_names=["labels"])
-
-
-def _replaced(args: TrainingArguments, **changes: Any) -> TrainingArguments:
-    """`dataclasses.replace`, which counts the GPUs again where someone had set their number."""
-    new = replace(args, **changes)
-    new._n_gpu = args.n_gpu
-    return new
 
 
 def _check_lora(model: nn.Module, lora_alpha: float | None, lora_dropout: float) -> None:
@@ -544,20 +467,6 @@ def _provenance(
         "world_size": args.world_size,
         "versions": {p: version(p) for p in ("rankwise", "torch", "transformers", "peft")},
     }
-
-
-def _decisive(args: TrainingArguments) -> dict[str, Any]:
-    """The training arguments that a resumed search must share with the one that was stopped."""
-    names = (
-        "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps "
-        "num_train_epochs max_steps per_device_train_batch_size "
-        "gradient_accumulation_steps optim optim_args train_sampling_strategy "
-        "weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm bf16 seed "
-        "data_seed label_smoothing_factor neftune_noise_alpha "
-        "average_tokens_across_devices"
-    ).split()
-    given = args.to_dict()
-    return {name: given.get(name) for name in names}
 
 
 def model_name(name_or_path: str) -> str:

@@ -10,10 +10,12 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from rankwise import RankPlan, RankwiseError, trainers, training
+from rankwise import RankPlan, RankwiseError, training
+from rankwise.bilevel import SearchTrainer
 from rankwise.cli import arguments, main, stages
 from rankwise.cli import train as train_command
 from rankwise.lora import check
+from rankwise.trainer import FiniteTrainer
 
 FAST = (
     "--max_steps 4 --per_device_train_batch_size 8 --learning_rate 1e-2 --save_steps 2 --use_cpu"
@@ -452,10 +454,10 @@ def test_a_run_killed_after_the_search_goes_on(finished, base, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("trainer", "calls"),
     [
-        (trainers.SearchTrainer, 1),  # before the first checkpoint
-        (trainers.SearchTrainer, 4),  # after the checkpoint of step 2
-        (trainers.FiniteTrainer, 4),  # in the training of the plan
-        (trainers.FiniteTrainer, 8),  # in that of the control
+        (SearchTrainer, 1),  # before the first checkpoint
+        (SearchTrainer, 4),  # after the checkpoint of step 2
+        (FiniteTrainer, 4),  # in the training of the plan
+        (FiniteTrainer, 8),  # in that of the control
     ],
 )
 def test_a_run_killed_within_a_stage_goes_on(finished, base, tmp_path, monkeypatch, trainer, calls):
@@ -514,7 +516,7 @@ def test_a_plan_edited_between_two_starts_is_another_run(
     plan = tmp_path / "plan.json"
     shutil.copy(finished / "plan.json", plan)
     argv = ["train", *for_train(base), "--plan", str(plan), "--output_dir", str(tmp_path / "out")]
-    killed(argv, monkeypatch, trainers.FiniteTrainer, "training_step", 4)
+    killed(argv, monkeypatch, FiniteTrainer, "training_step", 4)
     RankPlan.uniform(RankPlan.load(plan), 3).save(plan)
     refused(capsys, [*argv, "--resume_from_checkpoint"], "plan")
 

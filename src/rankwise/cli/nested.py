@@ -24,6 +24,7 @@ from rankwise.methods import METHODS, DyLoRA
 from rankwise.nested import Curve, NestedTrainer, curve, pick
 from rankwise.plan import RankPlan
 from rankwise.report import print_curve, save_curves
+from rankwise.trainer import last_checkpoint
 
 
 def check_nested(
@@ -134,7 +135,7 @@ def nested_stage(
                 method=method,
                 task_type=job.task.task_type,
                 lora_dropout=lora.lora_dropout,
-                resume_from_checkpoint=resume and training.last_checkpoint(folder) is not None,
+                resume_from_checkpoint=resume and last_checkpoint(folder) is not None,
                 **options,
             )
     assert isinstance(trainer, NestedTrainer)

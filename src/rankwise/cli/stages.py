@@ -41,6 +41,7 @@ from rankwise.methods import METHODS, DyLoRA, Method
 from rankwise.plan import RankPlan
 from rankwise.report import save_heatmap, write_card
 from rankwise.report.memory import Peak, peak_memory
+from rankwise.trainer import last_checkpoint
 
 console = Console(stderr=True)
 
@@ -252,7 +253,7 @@ def search_stage(
             target_modules=target_modules(lora),
             task_type=job.task.task_type,
             args=args,
-            resume_from_checkpoint=resume and training.last_checkpoint(folder) is not None,
+            resume_from_checkpoint=resume and last_checkpoint(folder) is not None,
             data_collator=tasks.data_collator(job.task, job.tokenizer),
         )
     plan.save(work / "plan.json")
@@ -297,7 +298,7 @@ def train_stage(
             args=args,
             task_type=job.task.task_type,
             lora_dropout=lora_dropout,
-            resume_from_checkpoint=resume and training.last_checkpoint(folder) is not None,
+            resume_from_checkpoint=resume and last_checkpoint(folder) is not None,
             data_collator=tasks.data_collator(job.task, job.tokenizer),
             **evaluation(job),
         )

@@ -1,6 +1,6 @@
-"""The trainers: one that stops at a bad loss, and the search of AutoLoRA as a Trainer.
+"""The two-level loop, in which factors and head learn on D_tr and gates on D_val, as a Trainer.
 
-One optimizer step of a search (arXiv 2403.09113, Algorithm 1):
+One optimizer step (AutoLoRA, arXiv 2403.09113, Algorithm 1):
 
 1. forward and backward of the training batch at (θ, β): Trainer's own pass, which leaves
    ∇_θ L_train for the parameters' step and ∇_β L_train for the finite difference;
@@ -11,130 +11,20 @@ One optimizer step of a search (arXiv 2403.09113, Algorithm 1):
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
-from rankwise.errors import CheckpointError, DivergedError
-from rankwise.files import write_json
 from rankwise.gate import LearnedGate, gate_values
 from rankwise.hypergrad import RADIUS, RADIUS_BF16, TrainGradient, hypergradient
 from rankwise.methods import AutoLoRA
-
-TASK_TYPES = {
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
-
-
-class FiniteTrainer(Trainer):
-    """A Trainer that stops at the first NaN or infinite loss, before it reaches the parameters."""
-
-    def __init__(self, model: PeftModel, *args: Any, **kwargs: Any):
-        super().__init__(model, *args, **kwargs)
-        self._good: str | None = None  # the last checkpoint of this run
-        # Trainer takes `**kwargs` in a model's forward as a promise to divide the loss by
-        # num_items_in_batch. Language models do; the other heads ignore it, and the loss of a step
-        # would be the sum over its micro-batches instead of their mean.
-        if task_type_of(model.get_base_model()) not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
-            self.model_accepts_loss_kwargs = False
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
-    ) -> Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self._stop_unless_finite(loss)
-        return loss
-
-    def _stop_unless_finite(self, loss: Tensor) -> None:
-        if torch.isfinite(loss).all():
-            return
-        last = self._good
-        kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been saved yet"
-        raise DivergedError(
-            f"the loss is {float(loss)} at step {self.state.global_step + 1}; {kept}. "
-            f"Lower the learning rate (now {self.args.learning_rate:g}) or look at the data"
-        )
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.stop_unless_finite_parameters()  # never save what a bad gradient left behind
-        super()._save_checkpoint(model, trial)
-        self._good = f"{self.args.output_dir}/checkpoint-{self.state.global_step}"
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        self._good = resume_from_checkpoint
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def stop_unless_finite_parameters(self) -> None:
-        """Raises DivergedError where a finite loss had a gradient that was not."""
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and not torch.isfinite(parameter).all():
-                raise DivergedError(
-                    f"{name} is not finite after step {self.state.global_step}; the last good "
-                    f"checkpoint: {self._good}. Lower the learning rate"
-                )
-
-
-class GatedTrainer(FiniteTrainer):
-    """Trains a model with gates attached; its checkpoints hold what a gated run needs to go on.
-
-    Args:
-        model: PEFT model with gates attached.
-        args: TrainingArguments.
-        configuration: what a checkpoint has to agree with to be resumed.
-        **trainer: of transformers.Trainer.
-    """
-
-    def __init__(
-        self,
-        model: PeftModel,
-        args: TrainingArguments,
-        *,
-        configuration: dict[str, Any],
-        **trainer: Any,
-    ):
-        super().__init__(model, args, **trainer)
-        self.configuration = configuration
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Trainable tensors, raw, and what they belong to."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        trainable = {n: p.detach().contiguous() for n, p in _trainable(self.model)}
-        save_file(trainable, folder / "search.safetensors")
-        write_json(folder / "search.json", self.configuration)
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        self._good = resume_from_checkpoint
-        try:
-            saved = load_file(Path(resume_from_checkpoint) / "search.safetensors")
-            with torch.no_grad():
-                for name, parameter in _trainable(self.model):
-                    parameter.copy_(saved[name])
-        except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(
-                f"cannot read {resume_from_checkpoint}/search.safetensors: {error}; resume from an "
-                "earlier checkpoint"
-            ) from error
+from rankwise.trainer import GatedTrainer
 
 
 @dataclass(frozen=True)
@@ -314,15 +204,6 @@ class SearchTrainer(GatedTrainer):
         """Adds the mean rank that the current α would give."""
         kept = [len(self.method.kept(a)) for a in gate_values(self.gated).values()]
         super().log(logs | {"mean_rank": round(sum(kept) / len(kept), 4)}, start_time)
-
-
-def task_type_of(model: nn.Module) -> str | None:
-    name = type(model).__name__
-    return next((kind for suffix, kind in TASK_TYPES.items() if name.endswith(suffix)), None)
-
-
-def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
 def _grads(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -1,0 +1,215 @@
+"""What a method is: a frozen dataclass whose fields are its flags, and the slots that it fills.
+
+`rankwise.fit` and `rankwise.search` run the slots in this order, and know no method by name:
+
+    plan    = method.start(model)                       # the ranks that it trains at, if any
+    adapted = method.attach(model, plan, setting)       # what becomes trainable
+    trainer = method.trainer(adapted, plan, setting)    # how that moves
+    kept    = method.keep(trainer, plan, setting)       # which ranks stay, by held-out rows
+    method.hand_over(trainer, kept, folder)             # the adapter, and what other sizes need
+
+Where `anew` is set, the kept plan is trained from scratch instead of being handed over. Nothing in
+this folder imports torch, transformers or PEFT before a slot is called, so that flags and their
+help are there at once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from rankwise.errors import RankwiseError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import Trainer, TrainingArguments
+
+    from rankwise.nested import Curve
+    from rankwise.plan import RankPlan
+
+AnyMethod = TypeVar("AnyMethod", bound="Method")
+
+
+def flag(default: Any, text: str) -> Any:
+    """A field of a method: its default, and its help on the command line."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method is given of a run, beside the model.
+
+    Attributes:
+        train: rows to train on, ready for the model.
+        held_out: rows to choose on, none of which are trained on; None where the method chooses
+            nothing.
+        args: TrainingArguments; `args.seed` also draws factors, ranks and splits.
+        task_type: PEFT's.
+        metric: what sizes are compared by, as `compute_metrics` names it, or "loss".
+        greater_is_better: its direction.
+        options: for Trainer: `data_collator`, `compute_metrics`, `callbacks`, ...
+        configuration: what a checkpoint has to agree with to be resumed.
+    """
+
+    train: Any
+    held_out: Any
+    args: "TrainingArguments"
+    task_type: str | None = None
+    metric: str = "loss"
+    greater_is_better: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    configuration: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a method chose.
+
+    Attributes:
+        plan: the ranks that stay; None where the method has no ranks.
+        curve: the quality of every size that was compared, where some were.
+        figures: more that the choice rests on, as JSON holds it.
+    """
+
+    plan: "RankPlan | None" = None
+    curve: "Curve | None" = None
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """The slots, each with what most methods do; a method overrides what is its own.
+
+    Attributes that are no flags, stated by a class about itself:
+        title: its name in tables and cards.
+        source: where it is described.
+        anew: whether the kept plan is trained from scratch, on all rows, as plain LoRA.
+        chooses: whether `keep` needs held-out rows.
+        resumable: whether a checkpoint of its training can be gone on with.
+    """
+
+    title: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    anew: ClassVar[bool] = False
+    chooses: ClassVar[bool] = False
+    resumable: ClassVar[bool] = True
+    validation_fraction: ClassVar[float] = 0.1
+
+    def describe(self) -> dict[str, Any]:
+        """The class and its flags, as JSON holds them."""
+        return {"name": type(self).__name__, **asdict(self)}
+
+    def with_flags(self: AnyMethod, **flags: Any) -> AnyMethod:
+        """The same with other values of some flags.
+
+        Raises:
+            RankwiseError: a flag that the method does not have, or a value out of range.
+        """
+        known = {f.name for f in fields(self)}
+        if odd := sorted(set(flags) - known):
+            raise RankwiseError(
+                f"{self.title or type(self).__name__} has no flag {odd[0]!r}; it has "
+                f"{', '.join(sorted(known)) or 'none'}"
+            )
+        return replace(self, **flags)
+
+    def check(self, model: "nn.Module", args: "TrainingArguments") -> None:
+        """Raises RankwiseError, before any long work, where the method cannot do what is asked."""
+
+    def arguments(self, args: "TrainingArguments") -> "TrainingArguments":
+        """The user's TrainingArguments with what the method needs; refused where it cannot work."""
+        return args
+
+    def start(self, model: "nn.Module") -> "RankPlan | None":
+        """The ranks that are trained; None for a method without ranks."""
+        return None
+
+    def attach(self, model: "nn.Module", plan: "RankPlan | None", setting: Setting) -> "nn.Module":
+        """Makes a base model trainable the method's way, and returns it."""
+        raise NotImplementedError
+
+    def trainer(self, model: "nn.Module", plan: "RankPlan | None", setting: Setting) -> "Trainer":
+        """The Trainer that moves the parameters; it is not started here."""
+        from rankwise.trainer import FiniteTrainer
+
+        return FiniteTrainer(model, setting.args, train_dataset=setting.train, **setting.options)
+
+    def keep(self, trainer: "Trainer", plan: "RankPlan | None", setting: Setting) -> Kept:
+        """The ranks that stay after training."""
+        return Kept(plan)
+
+    def choose(self, model: "nn.Module", setting: Setting, checkpoint: str | None = None) -> Kept:
+        """Attach, train and keep in one: what a search is. The model is as before afterwards.
+
+        Args:
+            model: base model.
+            setting: with held-out rows where the method chooses.
+            checkpoint: a folder to go on from.
+        """
+        from transformers import set_seed
+
+        from rankwise.lora import restored
+
+        plan = self.start(model)
+        set_seed(setting.args.seed)
+        with restored(model):
+            trainer = self.trainer(self.attach(model, plan, setting), plan, setting)
+            trainer.train(resume_from_checkpoint=checkpoint)
+            return self.keep(trainer, plan, setting)
+
+    def hand_over(self, trainer: "Trainer", kept: Kept, folder: Path) -> None:
+        """Writes `folder/adapter`, and leaves `trainer.model` computing what the adapter does."""
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        model.save_pretrained(str(folder / "adapter"))
+
+    def load(self, model: "nn.Module", folder: Path) -> "nn.Module":
+        """A base model with the adapter that `hand_over` wrote into `folder`."""
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(model, str(folder))
+
+
+@dataclass(frozen=True)
+class LoraMethod(Method):
+    """A method that trains LoRA's rank-1 pieces: what all of these share."""
+
+    r: int = flag(8, "rank: the largest where ranks are chosen, else that of every module")
+    lora_alpha: float | None = flag(None, "LoRA's alpha at rank r; without it, 2 r")
+    lora_dropout: float = flag(0.0, "dropout in front of the adapters")
+    target_modules: tuple[str, ...] | str | None = flag(
+        "all-linear", "modules to adapt, by name or suffix, or all-linear"
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.target_modules, list | tuple):
+            names = tuple(self.target_modules)
+            if names == ("all-linear",):  # as the command line gives it
+                object.__setattr__(self, "target_modules", "all-linear")
+            else:
+                object.__setattr__(self, "target_modules", names or None)
+        if not isinstance(self.r, int) or self.r < 1:
+            raise RankwiseError(f"r is {self.r!r}; a rank has to be an integer of at least 1")
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < float("inf"):
+            raise RankwiseError(f"lora_alpha is {self.lora_alpha}; it has to be > 0")
+        if not 0 <= self.lora_dropout < 1:
+            raise RankwiseError(
+                f"lora_dropout is {self.lora_dropout}; it has to be at least 0 and below 1"
+            )
+
+    @property
+    def scaling(self) -> float:
+        """lora_alpha / r, kept by every module whatever rank it ends at."""
+        return 2.0 if self.lora_alpha is None else self.lora_alpha / self.r
+
+    def start(self, model: "nn.Module") -> "RankPlan | None":
+        from rankwise.lora import uniform
+
+        return uniform(
+            model, self.r, target_modules=self.target_modules, lora_alpha=self.lora_alpha
+        )
+
+    def attach(self, model: "nn.Module", plan: "RankPlan | None", setting: Setting) -> "nn.Module":
+        from rankwise.lora import build
+
+        assert plan is not None
+        return build(model, plan, task_type=setting.task_type, lora_dropout=self.lora_dropout)

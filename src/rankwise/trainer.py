@@ -1,0 +1,233 @@
+"""A Trainer that stops at a bad loss; arguments, checkpoints and resuming, which all share."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from rankwise.errors import CheckpointError, DivergedError
+from rankwise.files import write_json
+
+TASK_TYPES = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+class FiniteTrainer(Trainer):
+    """A Trainer that stops at the first NaN or infinite loss, before it reaches the parameters."""
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any):
+        super().__init__(model, *args, **kwargs)
+        self._good: str | None = None  # the last checkpoint of this run
+        # Trainer takes `**kwargs` in a model's forward as a promise to divide the loss by
+        # num_items_in_batch. Language models do; the other heads ignore it, and the loss of a step
+        # would be the sum over its micro-batches instead of their mean.
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        if task_type_of(base) not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+            self.model_accepts_loss_kwargs = False
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._stop_unless_finite(loss)
+        return loss
+
+    def _stop_unless_finite(self, loss: Tensor) -> None:
+        if torch.isfinite(loss).all():
+            return
+        last = self._good
+        kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been saved yet"
+        raise DivergedError(
+            f"the loss is {float(loss)} at step {self.state.global_step + 1}; {kept}. "
+            f"Lower the learning rate (now {self.args.learning_rate:g}) or look at the data"
+        )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.stop_unless_finite_parameters()  # never save what a bad gradient left behind
+        super()._save_checkpoint(model, trial)
+        self._good = f"{self.args.output_dir}/checkpoint-{self.state.global_step}"
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        self._good = resume_from_checkpoint
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def stop_unless_finite_parameters(self) -> None:
+        """Raises DivergedError where a finite loss had a gradient that was not."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not torch.isfinite(parameter).all():
+                raise DivergedError(
+                    f"{name} is not finite after step {self.state.global_step}; the last good "
+                    f"checkpoint: {self._good}. Lower the learning rate"
+                )
+
+
+class GatedTrainer(FiniteTrainer):
+    """Trains a model with gates attached; its checkpoints hold what a gated run needs to go on.
+
+    Args:
+        model: PEFT model with gates attached.
+        args: TrainingArguments.
+        configuration: what a checkpoint has to agree with to be resumed.
+        **trainer: of transformers.Trainer.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        args: TrainingArguments,
+        *,
+        configuration: dict[str, Any],
+        **trainer: Any,
+    ):
+        super().__init__(model, args, **trainer)
+        self.configuration = configuration
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Trainable tensors, raw, and what they belong to."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        trainable = {n: p.detach().contiguous() for n, p in _trainable(self.model)}
+        save_file(trainable, folder / "search.safetensors")
+        write_json(folder / "search.json", self.configuration)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        self._good = resume_from_checkpoint
+        try:
+            saved = load_file(Path(resume_from_checkpoint) / "search.safetensors")
+            with torch.no_grad():
+                for name, parameter in _trainable(self.model):
+                    parameter.copy_(saved[name])
+        except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(
+                f"cannot read {resume_from_checkpoint}/search.safetensors: {error}; resume from an "
+                "earlier checkpoint"
+            ) from error
+
+
+def task_type_of(model: nn.Module) -> str | None:
+    name = type(model).__name__
+    return next((kind for suffix, kind in TASK_TYPES.items() if name.endswith(suffix)), None)
+
+
+def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The newest complete checkpoint in a folder. A run killed while saving leaves half of one."""
+    found = []
+    for path in Path(folder).glob("checkpoint-*"):
+        try:  # Trainer writes trainer_state.json last
+            found.append(
+                (json.loads((path / "trainer_state.json").read_text())["global_step"], path)
+            )
+        except (OSError, ValueError, KeyError):
+            continue
+    return max(found)[1] if found else None
+
+
+def find_checkpoint(
+    output_dir: str | Path,
+    resume_from_checkpoint: str | bool | None,
+    configuration: dict[str, Any] | None = None,
+) -> str | None:
+    """The checkpoint to resume from, checked against the configuration that would resume it.
+
+    Args:
+        output_dir: where True looks for the last complete checkpoint.
+        resume_from_checkpoint: a folder, True, or None or False for a fresh start.
+        configuration: what the checkpoint's `search.json` has to agree with; None does not look.
+
+    Raises:
+        CheckpointError: nothing there, or a checkpoint of another configuration.
+    """
+    if not resume_from_checkpoint:
+        return None
+    if resume_from_checkpoint is True:
+        path = last_checkpoint(output_dir)
+        if path is None:
+            raise CheckpointError(f"no complete checkpoint in {output_dir}; start without resuming")
+    else:
+        path = Path(resume_from_checkpoint)
+        if not (path / "trainer_state.json").is_file():
+            raise CheckpointError(
+                f"{path} is not a complete checkpoint: no trainer_state.json in it"
+            )
+    if configuration is not None:
+        try:
+            saved = json.loads((path / "search.json").read_text())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} is not a checkpoint of a search: {error}") from error
+        _same_configuration(path, saved, json.loads(json.dumps(configuration)))
+    return str(path)
+
+
+def _same_configuration(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    for key in sorted(set(saved) | set(current)):
+        was, now = saved.get(key), current.get(key)
+        if key == "versions" or was == now:
+            continue
+        if isinstance(was, dict) and isinstance(now, dict):  # the first that differs, not all
+            inner = next(k for k in sorted(set(was) | set(now)) if was.get(k) != now.get(k))
+            key, was, now = f"{key}.{inner}", was.get(inner), now.get(inner)
+        raise CheckpointError(
+            f"{path} belongs to another search: {key} was {was!r} and is now {now!r}; start "
+            "afresh, or resume with the old settings"
+        )
+
+
+def default_arguments(scratch: str) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=scratch,
+        learning_rate=1e-4,
+        num_train_epochs=3,
+        per_device_train_batch_size=32,
+        save_strategy="no",
+        report_to="none",
+    )
+
+
+def labelled(args: TrainingArguments) -> TrainingArguments:
+    """With the name of the labels, which Trainer cannot read off a PEFT model."""
+    return args if args.label_names is not None else replaced(args, label_names=["labels"])
+
+
+def replaced(args: TrainingArguments, **changes: Any) -> TrainingArguments:
+    """`dataclasses.replace`, which counts the GPUs again where someone had set their number."""
+    new = replace(args, **changes)
+    new._n_gpu = args.n_gpu
+    return new
+
+
+def decisive(args: TrainingArguments) -> dict[str, Any]:
+    """The training arguments that a resumed search must share with the one that was stopped."""
+    names = (
+        "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps "
+        "num_train_epochs max_steps per_device_train_batch_size "
+        "gradient_accumulation_steps optim optim_args train_sampling_strategy "
+        "weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm bf16 seed "
+        "data_seed label_smoothing_factor neftune_noise_alpha "
+        "average_tokens_across_devices"
+    ).split()
+    given = args.to_dict()
+    return {name: given.get(name) for name in names}
