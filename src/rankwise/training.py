@@ -1,31 +1,29 @@
 """Searching ranks, training at a plan's ranks, and what a stopped run resumes from."""
 
-import json
-from dataclasses import asdict, dataclass, replace
-from hashlib import sha256
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from torch import nn
-from torch.utils.data import Subset
 from transformers import PreTrainedModel, SchedulerType, Trainer, TrainingArguments, set_seed
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from rankwise.adapter import Adapter
 from rankwise.bilevel import SearchTrainer
-from rankwise.errors import AdapterError, DataError, PlanError, RankwiseError
+from rankwise.errors import AdapterError, PlanError, RankwiseError
 from rankwise.gate import attach, gate_values
 from rankwise.lora import adapted, build, check_fits, find_entries
 from rankwise.methods import METHODS, AutoLoRA, DyLoRA, Method
 from rankwise.nested import Curve, NestedTrainer, curve, pick
 from rankwise.plan import RankPlan
+from rankwise.rows import TwoSets as TwoSets  # the command line takes them from here still
+from rankwise.rows import fingerprint as fingerprint
+from rankwise.rows import two_sets as two_sets
 from rankwise.trainer import (
     FiniteTrainer,
     decisive,
@@ -298,57 +296,6 @@ def check_nested(method: DyLoRA, plan: RankPlan) -> RankPlan:
     return plan
 
 
-@dataclass(frozen=True)
-class TwoSets:
-    """D_tr and D_val."""
-
-    train: Any
-    validation: Any
-
-
-def two_sets(train: Any, validation: Any, fraction: float, seed: int) -> TwoSets:
-    """D_tr and D_val: as given, or `train` cut in two by a seeded permutation.
-
-    Args:
-        train: rows with a length and an index.
-        validation: D_val where it is given, else None.
-        fraction: share of `train` that becomes D_val.
-        seed: of the permutation.
-
-    Raises:
-        DataError: an empty split, or rows that cannot be counted.
-    """
-    for name, rows in (("train_dataset", train), ("validation_dataset", validation)):
-        if isinstance(rows, dict):
-            raise DataError(f"{name} holds the splits {', '.join(rows)}; give one of them")
-        if rows is not None and not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
-            raise DataError(
-                f"{name} is a {type(rows).__name__}, which has no length or index; load it whole "
-                "(streaming=False)"
-            )
-    if len(train) == 0:
-        raise DataError("train_dataset has no rows")
-    if validation is not None:
-        if len(validation) == 0:
-            raise DataError("validation_dataset has no rows; leave it out to split train_dataset")
-        return TwoSets(train, validation)
-    if not 0 < fraction < 1:
-        raise DataError(f"validation_fraction is {fraction}; it has to lie between 0 and 1")
-    order = np.random.default_rng(seed).permutation(len(train)).tolist()
-    cut = round(len(train) * (1 - fraction))
-    if cut == 0 or cut == len(train):
-        empty = "training" if cut == 0 else "validation"
-        raise DataError(
-            f"the {empty} split would be empty: {len(train)} rows at validation_fraction "
-            f"{fraction}; give more rows or another fraction"
-        )
-    return TwoSets(_select(train, order[:cut]), _select(train, order[cut:]))
-
-
-def _select(dataset: Any, rows: list[int]) -> Any:
-    return dataset.select(rows) if isinstance(dataset, Dataset) else Subset(dataset, rows)
-
-
 def _method(method: str | Method) -> Method:
     if isinstance(method, AutoLoRA | DyLoRA):
         return method
@@ -473,13 +420,3 @@ def model_name(name_or_path: str) -> str:
     """A hub id as it is; of a folder the last part, for the rest says more of the machine."""
     path = Path(name_or_path)
     return path.name if path.is_dir() else name_or_path
-
-
-def fingerprint(dataset: Any) -> str | None:
-    """sha256 over the rows of a `datasets.Dataset`, in order; None for any other dataset."""
-    if not isinstance(dataset, Dataset):
-        return None
-    digest = sha256()
-    for row in dataset.with_format(None):
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-    return digest.hexdigest()

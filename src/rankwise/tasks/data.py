@@ -14,7 +14,9 @@ from typing import Any, Literal, get_args
 
 from datasets import ClassLabel, Dataset, load_dataset
 
+from rankwise import rows as draw
 from rankwise.errors import DataError
+from rankwise.rows import TwoSets
 
 logger = logging.getLogger(__name__)
 
@@ -459,8 +461,8 @@ def drop_hidden(rows: Rows, label: str) -> Rows | None:
 # Cutting
 
 
-def hold_out(rows: Dataset, fraction: float, seed: int, what: str) -> tuple[Dataset, Dataset]:
-    """(what stays, what is held out), at least one row each, drawn with the seed.
+def hold_out(rows: Dataset, fraction: float, seed: int, what: str) -> TwoSets:
+    """What stays (train) and what is held out (validation), at least one row each.
 
     Raises:
         DataError: there are too few rows for both.
@@ -471,9 +473,8 @@ def hold_out(rows: Dataset, fraction: float, seed: int, what: str) -> tuple[Data
             f"train has {len(rows)} row, too few to hold out a {what} part; "
             f"give more rows or a {what} file"
         )
-    parts = rows.train_test_split(test_size=size, seed=seed)
     logger.info("no %s rows given: held out %d of %d train rows", what, size, len(rows))
-    return parts["train"], parts["test"]
+    return draw.hold_out(rows, size, seed)
 
 
 def sample(rows: Dataset, size: int | None, seed: int, option: str) -> Dataset:

@@ -285,7 +285,8 @@ def _cut(
     wanted = {"test": test_size, "validation": data.HELD_OUT}
     for split, fraction in wanted.items():
         if "train" in splits and split not in splits and fraction is not None:
-            splits["train"], splits[split] = data.hold_out(splits["train"], fraction, seed, split)
+            parts = data.hold_out(splits["train"], fraction, seed, split)
+            splits["train"], splits[split] = parts.train, parts.validation
     return {
         split: data.sample(there, max_train_samples, seed, "max_train_samples")
         if split == "train"
