@@ -12,7 +12,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from rankwise.errors import DataError
 from rankwise.tasks import Task, data_collator, encode, load_task, load_tokenizer
-from rankwise.tasks import data as data_module
+from rankwise.tasks.columns import choose_columns
+from rankwise.tasks.files import read_file
 
 TEN = [{"text": f"text {n}", "label": "odd" if n % 2 else "even"} for n in range(10)]
 
@@ -89,7 +90,7 @@ def test_description_that_lacks_an_entry():
     ],
 )
 def test_columns_and_kind_are_inferred(row, kind, text, label):
-    columns = data_module.choose_columns({name: [value] for name, value in row.items()})
+    columns = choose_columns({name: [value] for name, value in row.items()})
     assert columns.kind == kind
     assert columns.text == (text or ("premise", "hypothesis"))
     assert columns.label == label
@@ -159,7 +160,7 @@ def test_line_separator_inside_a_text_does_not_cut_the_line(tmp_path):
     text = "one\u2028two"
     path = tmp_path / "t.jsonl"
     path.write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert data_module.read_file(path) == {"text": [text]}
+    assert read_file(path) == {"text": [text]}
 
 
 # The hub
@@ -188,7 +189,7 @@ def test_hub_task_drops_hidden_test_labels(monkeypatch):
         asked.append((names, options))
         return hub_splits()
 
-    monkeypatch.setattr(data_module, "load_dataset", fake)
+    monkeypatch.setattr(datasets, "load_dataset", fake)
     task = load_task("sst2")
     assert asked == [(("glue", "sst2"), {})]
     assert task.train[:] == {"sentence": ["s0", "s1", "s2"], "label": [1, 0, 1]}
@@ -202,7 +203,7 @@ def test_hub_mnli_validates_on_the_matched_split(monkeypatch):
     splits = DatasetDict(
         train=rows, validation_matched=rows.select([2]), validation_mismatched=rows.select([1])
     )
-    monkeypatch.setattr(data_module, "load_dataset", lambda *names: splits)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names: splits)
     assert load_task("glue/mnli").validation["label"][:] == [2]
 
 
@@ -216,7 +217,7 @@ def test_hub_script_falls_back_on_the_converted_set(monkeypatch):
             raise RuntimeError("Dataset scripts are no longer supported, but found jnlpba.py")
         return DatasetDict(train=rows, validation=rows)
 
-    monkeypatch.setattr(data_module, "load_dataset", fake)
+    monkeypatch.setattr(datasets, "load_dataset", fake)
     task = load_task("jnlpba")
     assert revisions == [None, "refs/convert/parquet"]
     assert [task.label_names[n] for n in task.train[0]["ner_tags"]] == ["O", "B-protein"]
@@ -226,7 +227,7 @@ def test_hub_that_cannot_be_reached(monkeypatch):
     def fake(*names):
         raise ConnectionError("no route\nmore")
 
-    monkeypatch.setattr(data_module, "load_dataset", fake)
+    monkeypatch.setattr(datasets, "load_dataset", fake)
     message = refused(task="rte")
     assert "cannot get glue/rte from the Hugging Face hub (no route)" in message
     assert "data_dir=" in message

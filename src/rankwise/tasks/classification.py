@@ -11,8 +11,8 @@ from datasets import Dataset, Features, Value
 from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedTokenizerBase
 
 from rankwise.errors import DataError
-from rankwise.tasks import data
-from rankwise.tasks.data import Rows
+from rankwise.tasks import checks
+from rankwise.tasks.checks import Rows
 
 
 def number_classes(
@@ -41,9 +41,9 @@ def number_classes(
 
 
 def _class_values(rows: Rows, label: str, split: str) -> list[Any]:
-    data.check_column(rows, label, split)
-    values = data.parse_numbers(rows[label])
-    data.check_given(values, label, split)
+    checks.check_column(rows, label, split)
+    values = checks.parse_numbers(rows[label])
+    checks.check_given(values, label, split)
     return [_class_value(value, label, split, n) for n, value in enumerate(values, 1)]
 
 
@@ -92,9 +92,9 @@ def check_scores(splits: dict[str, Rows], label: str) -> dict[str, Rows]:
 
 
 def _scores(rows: Rows, label: str, split: str) -> list[float]:
-    data.check_column(rows, label, split)
-    values = data.parse_numbers(rows[label])
-    data.check_given(values, label, split)
+    checks.check_column(rows, label, split)
+    values = checks.parse_numbers(rows[label])
+    checks.check_given(values, label, split)
     for row, value in enumerate(values, 1):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not np.isfinite(value):

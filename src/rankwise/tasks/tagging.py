@@ -15,9 +15,9 @@ from transformers import (
 )
 
 from rankwise.errors import DataError, ModelError
-from rankwise.tasks import data
+from rankwise.tasks import checks
+from rankwise.tasks.checks import Rows
 from rankwise.tasks.classification import first_output
-from rankwise.tasks.data import Rows
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def number_tags(
 
 def _checked(rows: Rows, tokens: str, label: str, split: str) -> Rows:
     for name in (tokens, label):
-        data.check_column(rows, name, split)
+        checks.check_column(rows, name, split)
     for row, (words, tags) in enumerate(zip(rows[tokens], rows[label], strict=True), 1):
         _check_row(words, tags, tokens, label, f"{split} row {row}")
     keep = [n for n, words in enumerate(rows[tokens]) if words]

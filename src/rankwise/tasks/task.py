@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from rankwise import rows as rows_
 from rankwise.errors import DataError, ModelError, RankwiseError
-from rankwise.tasks import causal_lm, classification, data, tagging
-from rankwise.tasks.data import Kind, Rows
+from rankwise.rows import TwoSets
+from rankwise.tasks import causal_lm, checks, classification, tagging
+from rankwise.tasks import files as files_
+from rankwise.tasks.checks import Rows
+from rankwise.tasks.columns import Columns, Kind, check_kind, choose_columns
+from rankwise.tasks.known import KNOWN, KnownTask, known_name
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT = 0.1
 
 TaskType = Literal["SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM"]
 Metrics = Callable[[EvalPrediction], dict[str, float]]
@@ -112,7 +122,7 @@ class Task:
                 f"the task description lacks {', '.join(missing)}; "
                 "use one written by Task.describe()"
             )
-        kind = data.check_kind(description["kind"])
+        kind = check_kind(description["kind"])
         names = description["label_names"]
         return cls(
             name=description["name"],
@@ -167,7 +177,7 @@ def load_task(
     Raises:
         DataError: files, columns, texts or labels are not as they should be.
     """
-    known = None if task is None else data.KNOWN[data.known_name(task)]
+    known = None if task is None else KNOWN[known_name(task)]
     if test_size is not None and not 0 < test_size < 1:
         raise DataError(f"test_size={test_size} is not between 0 and 1; give a fraction of train")
     paths = {"train": train_file, "validation": validation_file, "test": test_file}
@@ -175,7 +185,7 @@ def load_task(
     rows = _read(known, data_dir, files, trust_remote_code)
     columns = _columns(rows, known, text_column, label_column, kind)
     if known and columns.label and "test" in rows:
-        public = data.drop_hidden(rows.pop("test"), columns.label)
+        public = _drop_hidden(rows.pop("test"), columns.label)
         rows.update({} if public is None else {"test": public})
     if known and known.kind == columns.kind and label_names is None:
         label_names = known.label_names
@@ -185,7 +195,7 @@ def load_task(
     if "train" in splits:
         _check_varied(splits["train"], columns, names)
     return Task(
-        name=data.known_name(task) if task is not None else _name(data_dir, files),
+        name=known_name(task) if task is not None else _name(data_dir, files),
         kind=columns.kind,
         text_columns=columns.text,
         label_column=columns.label,
@@ -202,7 +212,7 @@ def _name(data_dir: str | Path | None, files: dict[str, str | Path]) -> str:
 
 
 def _read(
-    known: data.KnownTask | None,
+    known: KnownTask | None,
     data_dir: str | Path | None,
     files: dict[str, str | Path],
     trust_remote_code: bool,
@@ -212,43 +222,42 @@ def _read(
             f"both data_dir and {next(iter(files))}_file are given; give the folder or the files"
         )
     if files:
-        return {split: data.read_file(path) for split, path in files.items()}
+        return {split: files_.read_file(path) for split, path in files.items()}
     if data_dir is not None:
-        found = data.folder_files(data_dir)
-        return {split: data.read_file(path) for split, path in found.items()}
+        found = files_.folder_files(data_dir)
+        return {split: files_.read_file(path) for split, path in found.items()}
     if known is None:
         raise DataError(
-            "no data given; give a task by name "
-            f"({', '.join(data.KNOWN)}), data_dir= or train_file="
+            f"no data given; give a task by name ({', '.join(KNOWN)}), data_dir= or train_file="
         )
-    return data.read_hub(known, trust_remote_code)
+    return files_.read_hub(known, trust_remote_code)
 
 
 def _columns(
     rows: dict[str, Rows],
-    known: data.KnownTask | None,
+    known: KnownTask | None,
     text_column: str | Sequence[str] | None,
     label_column: str | None,
     kind: Kind | None,
-) -> data.Columns:
+) -> Columns:
     if kind is not None:
-        data.check_kind(kind)
+        check_kind(kind)
     if known is not None:
         text_column = text_column or known.text_columns
         label_column = label_column or known.label_column
-        kind = kind or known.kind
+        kind = kind or check_kind(known.kind)
     # The first split is train, unless only an evaluation is wanted.
     split = next(iter(rows))
-    columns = data.choose_columns(rows[split], text_column, label_column, kind, split)
+    columns = choose_columns(rows[split], text_column, label_column, kind, split)
     if columns.kind != "tagging":
         for split, there in rows.items():
             for name in columns.text:
-                data.check_texts(there, name, split)
+                checks.check_texts(there, name, split)
     return columns
 
 
 def _number_labels(
-    rows: dict[str, Rows], columns: data.Columns, label_names: Sequence[str] | None
+    rows: dict[str, Rows], columns: Columns, label_names: Sequence[str] | None
 ) -> tuple[dict[str, Rows], tuple[str, ...] | None]:
     if label_names is not None and len(set(label_names)) < len(label_names):
         raise DataError(f"label_names has a name twice ({', '.join(label_names)}); name each once")
@@ -261,7 +270,7 @@ def _number_labels(
     return classification.number_classes(rows, columns.label, label_names)
 
 
-def _datasets(rows: dict[str, Rows], columns: data.Columns) -> dict[str, Dataset]:
+def _datasets(rows: dict[str, Rows], columns: Columns) -> dict[str, Dataset]:
     if columns.label is None:
         features = causal_lm.features(columns.text)
     elif columns.kind == "tagging":
@@ -282,29 +291,67 @@ def _cut(
     test_size: float | None,
     seed: int,
 ) -> dict[str, Dataset]:
-    wanted = {"test": test_size, "validation": data.HELD_OUT}
+    wanted = {"test": test_size, "validation": HELD_OUT}
     for split, fraction in wanted.items():
         if "train" in splits and split not in splits and fraction is not None:
-            parts = data.hold_out(splits["train"], fraction, seed, split)
+            parts = _hold_out(splits["train"], fraction, seed, split)
             splits["train"], splits[split] = parts.train, parts.validation
     return {
-        split: data.sample(there, max_train_samples, seed, "max_train_samples")
+        split: _sample(there, max_train_samples, seed, "max_train_samples")
         if split == "train"
-        else data.sample(there, max_eval_samples, seed, "max_eval_samples")
+        else _sample(there, max_eval_samples, seed, "max_eval_samples")
         for split, there in splits.items()
     }
 
 
-def _check_varied(train: Dataset, columns: data.Columns, names: tuple[str, ...] | None) -> None:
+def _drop_hidden(rows: Rows, label: str) -> Rows | None:
+    """The rows whose label is public (GLUE hides test labels as -1); None when none is."""
+    if label not in rows:
+        return None
+    values = checks.parse_numbers(rows[label])
+    keep = [n for n, value in enumerate(values) if value != -1]
+    return {name: [column[n] for n in keep] for name, column in rows.items()} if keep else None
+
+
+def _hold_out(rows: Dataset, fraction: float, seed: int, what: str) -> TwoSets:
+    """What stays (train) and what is held out (validation), at least one row each.
+
+    Raises:
+        DataError: there are too few rows for both.
+    """
+    size = max(1, round(len(rows) * fraction))
+    if len(rows) - size < 1:
+        raise DataError(
+            f"train has {len(rows)} row, too few to hold out a {what} part; "
+            f"give more rows or a {what} file"
+        )
+    logger.info("no %s rows given: held out %d of %d train rows", what, size, len(rows))
+    return rows_.hold_out(rows, size, seed)
+
+
+def _sample(rows: Dataset, size: int | None, seed: int, option: str) -> Dataset:
+    """At most size rows, drawn with the seed (a file may be sorted by label); None: all.
+
+    Raises:
+        DataError: size is below 1.
+    """
+    if size is None:
+        return rows
+    if size < 1:
+        raise DataError(f"{option}={size} would leave no rows; give 1 or more, or leave it out")
+    if size >= len(rows):
+        return rows
+    return rows.shuffle(seed=seed).select(range(size))
+
+
+def _check_varied(train: Dataset, columns: Columns, names: tuple[str, ...] | None) -> None:
     if columns.label is not None and columns.kind == "tagging":
         tagging.check_varied(train, columns.label, names or ())
     elif columns.label is not None:
         classification.check_varied(train, columns.label, names)
 
 
-def _metrics(
-    known: data.KnownTask | None, kind: Kind, names: tuple[str, ...] | None
-) -> tuple[str, ...]:
+def _metrics(known: KnownTask | None, kind: Kind, names: tuple[str, ...] | None) -> tuple[str, ...]:
     if known is not None and known.kind == kind:
         return known.metrics
     if kind == "tagging":

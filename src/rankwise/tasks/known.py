@@ -1,0 +1,121 @@
+"""Public data sets by name: where each is, its columns, its labels and what it is judged by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rankwise.errors import DataError
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class KnownTask:
+    """What is known of a public data set.
+
+    Attributes:
+        hub: what `datasets.load_dataset` takes.
+        text_columns: one, or two for pairs.
+        label_names: in the hub's order, so that class numbers mean the same everywhere; None for
+            a regression.
+        metrics: the first is the main one.
+        kind: what is predicted, a name in `rankwise.tasks.KINDS`.
+        label_column: its name in the hub's rows.
+        hub_splits: the hub's names for train, validation and test.
+    """
+
+    hub: tuple[str, ...]
+    text_columns: tuple[str, ...]
+    label_names: tuple[str, ...] | None
+    metrics: tuple[str, ...]
+    kind: str = "classification"
+    label_column: str = "label"
+    hub_splits: tuple[str, str, str] = SPLITS
+
+
+# The metrics of the GLUE tasks are those of the benchmark.
+KNOWN: dict[str, KnownTask] = {
+    "glue/cola": KnownTask(
+        hub=("glue", "cola"),
+        text_columns=("sentence",),
+        label_names=("unacceptable", "acceptable"),
+        metrics=("matthews_correlation",),
+    ),
+    "glue/mnli": KnownTask(
+        hub=("glue", "mnli"),
+        text_columns=("premise", "hypothesis"),
+        label_names=("entailment", "neutral", "contradiction"),
+        metrics=("accuracy",),
+        hub_splits=("train", "validation_matched", "test_matched"),
+    ),
+    "glue/mrpc": KnownTask(
+        hub=("glue", "mrpc"),
+        text_columns=("sentence1", "sentence2"),
+        label_names=("not_equivalent", "equivalent"),
+        metrics=("accuracy", "f1"),
+    ),
+    "glue/qnli": KnownTask(
+        hub=("glue", "qnli"),
+        text_columns=("question", "sentence"),
+        label_names=("entailment", "not_entailment"),
+        metrics=("accuracy",),
+    ),
+    "glue/qqp": KnownTask(
+        hub=("glue", "qqp"),
+        text_columns=("question1", "question2"),
+        label_names=("not_duplicate", "duplicate"),
+        metrics=("accuracy", "f1"),
+    ),
+    "glue/rte": KnownTask(
+        hub=("glue", "rte"),
+        text_columns=("sentence1", "sentence2"),
+        label_names=("entailment", "not_entailment"),
+        metrics=("accuracy",),
+    ),
+    "glue/sst2": KnownTask(
+        hub=("glue", "sst2"),
+        text_columns=("sentence",),
+        label_names=("negative", "positive"),
+        metrics=("accuracy",),
+    ),
+    "glue/stsb": KnownTask(
+        hub=("glue", "stsb"),
+        text_columns=("sentence1", "sentence2"),
+        label_names=None,
+        metrics=("pearson", "spearman"),
+        kind="regression",
+    ),
+    "glue/wnli": KnownTask(
+        hub=("glue", "wnli"),
+        text_columns=("sentence1", "sentence2"),
+        label_names=("not_entailment", "entailment"),
+        metrics=("accuracy",),
+    ),
+    "jnlpba": KnownTask(
+        hub=("jnlpba/jnlpba",),
+        text_columns=("tokens",),
+        label_names=(
+            "O",
+            *("B-DNA", "I-DNA", "B-RNA", "I-RNA", "B-cell_line", "I-cell_line"),
+            *("B-cell_type", "I-cell_type", "B-protein", "I-protein"),
+        ),
+        metrics=("f1", "precision", "recall", "accuracy"),
+        kind="tagging",
+        label_column="ner_tags",
+    ),
+}
+
+
+def known_name(task: str) -> str:
+    """The full name of a known task ("mrpc" -> "glue/mrpc").
+
+    Raises:
+        DataError: no such task.
+    """
+    for name in (task, f"glue/{task}"):
+        if name in KNOWN:
+            return name
+    raise DataError(
+        f"unknown task {task!r}; known: {', '.join(KNOWN)}; "
+        "for rows of your own give data_dir= or train_file="
+    )
