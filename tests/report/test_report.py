@@ -12,7 +12,7 @@ from rich.console import Console
 from rankwise import Entry, RankPlan
 from rankwise.report import print_table, save_heatmap, verdict, write_card
 from rankwise.report.heatmap import grid
-from rankwise.tasks import Task
+from rankwise.tasks import Classification, Task
 
 
 def plan_of(ranks: dict[str, int], r: int = 8, **kwargs) -> RankPlan:
@@ -153,7 +153,7 @@ def test_heatmap_without_matplotlib_draws_nothing(tmp_path, monkeypatch):
 
 
 def task_of(*metrics: str) -> Task:
-    return Task("mine", "classification", ("text",), "label", ("a", "b"), metrics)
+    return Classification("mine", ("text",), "label", ("a", "b"), metrics)
 
 
 def arm(trainable: int = 578, **figures: float) -> dict:

@@ -18,7 +18,7 @@ from transformers import (
 
 from rankwise.errors import DataError
 from rankwise.tasks import (
-    Task,
+    CausalLM,
     check_metrics,
     compute_metrics,
     data_collator,
@@ -153,7 +153,7 @@ def test_padding_is_not_learned_though_it_is_eos(tiny, load):
 
 
 def test_perplexity_of_uniform_guesses_is_the_vocabulary_size():
-    task = Task("t", "causal_lm", ("text",), None, None, ("perplexity", "loss"))
+    task = CausalLM("t", ("text",), None, None, ("perplexity", "loss"))
     labels = torch.tensor([[-100, 3, 1, 2], [0, 1, -100, -100]])
     sums = preprocess_logits(task)(torch.zeros(2, 4, 10), labels)
     torch.testing.assert_close(sums, torch.tensor([[3 * math.log(10), 3.0], [math.log(10), 1.0]]))
@@ -163,7 +163,7 @@ def test_perplexity_of_uniform_guesses_is_the_vocabulary_size():
 
 def test_sums_are_those_of_each_token():
     torch.manual_seed(1)
-    task = Task("t", "causal_lm", ("text",), None, None, ("perplexity", "loss"))
+    task = CausalLM("t", ("text",), None, None, ("perplexity", "loss"))
     logits = torch.randn(2, 5, 7)
     labels = torch.tensor([[1, 2, 3, 4, 5], [6, -100, 0, 2, -100]])
     sums = preprocess_logits(task)((logits, "cache"), labels)

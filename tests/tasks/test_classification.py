@@ -14,6 +14,7 @@ from transformers import EvalPrediction, GPT2Config, GPT2Model, PreTrainedTokeni
 
 from rankwise.errors import DataError, ModelError, RankwiseError
 from rankwise.tasks import (
+    KINDS,
     Task,
     check_metrics,
     compute_metrics,
@@ -280,7 +281,7 @@ def test_tokenizer_without_padding_and_eos(tmp_path):
 
 
 def task_of(kind, metrics, names=None) -> Task:
-    return Task("t", kind, ("text",), "label", names, metrics)
+    return KINDS[kind]("t", ("text",), "label", names, metrics)
 
 
 def output(logits, label_ids) -> EvalPrediction:

@@ -11,7 +11,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from rankwise.errors import DataError
-from rankwise.tasks import Task, data_collator, encode, load_task, load_tokenizer
+from rankwise.tasks import data_collator, encode, from_description, load_task, load_tokenizer
 from rankwise.tasks.columns import choose_columns
 from rankwise.tasks.files import read_file
 
@@ -58,7 +58,7 @@ def test_alias_and_columns_of_a_known_task(tmp_path):
 def test_description_survives_json_and_fixes_the_label_order(tmp_path):
     rows = [{"text": "x", "label": name} for name in ("b", "a", "c")]
     task = load_task(train_file=write(tmp_path / "mine.jsonl", rows * 3))
-    again = Task.from_description(json.loads(json.dumps(task.describe())))
+    again = from_description(json.loads(json.dumps(task.describe())))
     assert again.name == "mine"
     assert again.label_names == ("a", "b", "c")
     assert again.describe() == task.describe()
@@ -72,7 +72,7 @@ def test_description_survives_json_and_fixes_the_label_order(tmp_path):
 
 def test_description_that_lacks_an_entry():
     with pytest.raises(DataError, match="lacks kind, metrics"):
-        Task.from_description(
+        from_description(
             {"name": "x", "text_columns": ["t"], "label_column": "l", "label_names": None}
         )
 

@@ -13,7 +13,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerFast
 
 from rankwise.errors import DataError, ModelError
 from rankwise.tasks import (
-    Task,
+    Tagging,
     compute_metrics,
     data_collator,
     encode,
@@ -213,7 +213,7 @@ def test_model_has_one_output_a_tag(load, minilm):
 
 def measure(true, predicted, metrics=("f1", "precision", "recall", "accuracy")):
     names = ("O", "B-x", "I-x", "B-y", "I-y")
-    task = Task("t", "tagging", ("tokens",), "tags", names, metrics)
+    task = Tagging("t", ("tokens",), "tags", names, metrics)
     labels = np.array([[-100 if t is None else names.index(t) for t in row] for row in true])
     logits = np.eye(len(names))[[[names.index(p) for p in row] for row in predicted]]
     return compute_metrics(task)(EvalPrediction(predictions=logits, label_ids=labels))

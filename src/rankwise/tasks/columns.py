@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 from rankwise.errors import DataError
 from rankwise.tasks.checks import Rows, check_column, parse_numbers
-
-Kind = Literal["classification", "regression", "tagging", "causal_lm"]
+from rankwise.tasks.kinds import find_kind
 
 _LABEL_COLUMNS = ("label", "labels")
 _TAG_COLUMNS = ("ner_tags", "tags", "labels")
@@ -23,23 +22,11 @@ _TEXT_PAIRS = (
 )
 
 
-def check_kind(kind: str) -> Kind:
-    """The same kind, typed.
-
-    Raises:
-        DataError: it is not one of the four kinds.
-    """
-    for known in get_args(Kind):
-        if kind == known:
-            return known  # type: ignore[no-any-return]
-    raise DataError(f"unknown kind {kind!r}; choose one of {', '.join(get_args(Kind))}")
-
-
 @dataclass(frozen=True)
 class Columns:
     """What to read from the rows and what is predicted from it."""
 
-    kind: Kind
+    kind: str
     text: tuple[str, ...]
     label: str | None
 
@@ -48,24 +35,27 @@ def choose_columns(
     rows: Rows,
     text_column: str | Sequence[str] | None = None,
     label_column: str | None = None,
-    kind: Kind | None = None,
+    kind: str | None = None,
     split: str = "train",
 ) -> Columns:
     """The columns as given; what is not given is inferred from names and first values.
 
     Raises:
-        DataError: a column is not there, or cannot be told without being given.
+        DataError: no such kind; a column is not there, or cannot be told without being given.
     """
+    if kind is not None:
+        find_kind(kind)
     given = (text_column,) if isinstance(text_column, str) else tuple(text_column or ())
     text = given or _guess_text(rows, label_column, kind)
     for name in (*text, *([label_column] if label_column else [])):
         check_column(rows, name, split)
     if kind is None:
         kind = _guess_kind(rows, text, label_column)
-    if len(text) > (1 if kind == "tagging" else 2):
-        most = "one text column" if kind == "tagging" else "one or two text columns"
+    of = find_kind(kind)
+    if len(text) > of.most_texts:
+        most = "one text column" if of.most_texts == 1 else "one or two text columns"
         raise DataError(f"{kind} takes {most}, found {', '.join(text)}; leave out the others")
-    if kind == "causal_lm":
+    if not of.labelled:
         return Columns(kind, text, None)
     label = label_column or _guess_label(rows, text)
     if label is None:
@@ -78,7 +68,7 @@ def choose_columns(
     return Columns(kind, text, label)
 
 
-def _guess_text(rows: Rows, label_column: str | None, kind: Kind | None) -> tuple[str, ...]:
+def _guess_text(rows: Rows, label_column: str | None, kind: str | None) -> tuple[str, ...]:
     prompted = {"prompt", "completion"} <= rows.keys() and label_column is None
     if kind in (None, "causal_lm") and prompted:
         return ("prompt", "completion")
@@ -96,7 +86,7 @@ def _guess_text(rows: Rows, label_column: str | None, kind: Kind | None) -> tupl
     )
 
 
-def _guess_kind(rows: Rows, text: tuple[str, ...], label_column: str | None) -> Kind:
+def _guess_kind(rows: Rows, text: tuple[str, ...], label_column: str | None) -> str:
     if _is_listed(rows[text[0]]):
         return "tagging"
     label = label_column or _guess_label(rows, text)

@@ -3,62 +3,161 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any
-
-from datasets import Dataset, Features, Value
-from datasets import Sequence as ListOf
-from transformers import (
-    DataCollatorForTokenClassification,
-    EvalPrediction,
-    PreTrainedTokenizerBase,
-)
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from rankwise.errors import DataError, ModelError
-from rankwise.tasks import checks
-from rankwise.tasks.checks import Rows
-from rankwise.tasks.classification import first_output
+from rankwise.tasks.base import IGNORED, Task
+from rankwise.tasks.checks import Rows, check_column
+from rankwise.tasks.metrics import first_output
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+    from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100
 # What marks a space before a token in byte-level BPE and in SentencePiece.
 _SPACE_MARKS = ("Ġ", "▁")
 
 
-def number_tags(
-    splits: dict[str, Rows], tokens: str, label: str, label_names: Sequence[str] | None
-) -> tuple[dict[str, Rows], tuple[str, ...]]:
-    """The splits with lists of tag numbers as labels, and the tag names in their order.
+class Tagging(Task):
+    """Rows of a list of tokens and a list of tags; tags become their numbers."""
 
-    Without label_names the tags are those of train, sorted. Rows without tokens are left out.
+    kind = "tagging"
+    task_type = "TOKEN_CLS"
+    auto_class = "AutoModelForTokenClassification"
+    package = "seqeval"
+    most_texts = 1
 
-    Raises:
-        DataError: tokens and tags do not match, a tag is missing or not known, or tags are
-            numbers and label_names does not say what they mean.
-    """
-    splits = {split: _checked(rows, tokens, label, split) for split, rows in splits.items()}
-    if label_names is None:
-        if "train" not in splits:
-            raise DataError("the tags are unknown without train rows; give label_names=")
-        found = {tag for tags in splits["train"][label] for tag in tags}
-        if any(isinstance(tag, int) for tag in found):
+    @property
+    def tokens(self) -> str:
+        """The column of token lists."""
+        return self.text_columns[0]
+
+    def check_texts(self, rows: dict[str, Rows]) -> None:
+        """Nothing yet: number checks tokens and tags together."""
+
+    def number(self, rows: dict[str, Rows]) -> tuple[dict[str, Rows], tuple[str, ...]]:
+        """The splits with lists of tag numbers as labels, and the tag names in their order.
+
+        Without label_names the tags are those of train, sorted. Rows without tokens are left out.
+
+        Raises:
+            DataError: tokens and tags do not match, a tag is missing or not known, or tags are
+                numbers and label_names does not say what they mean.
+        """
+        label, from_train = self.label, self.label_names is None
+        rows = {split: _checked(there, self.tokens, label, split) for split, there in rows.items()}
+        names = self.label_names if self.label_names is not None else _found_tags(rows, label)
+        numbered = {
+            split: {**there, label: _tag_numbers(there[label], names, split, from_train)}
+            for split, there in rows.items()
+        }
+        return numbered, names
+
+    def default_metrics(self) -> tuple[str, ...]:
+        """Entity metrics where the tags are of the B-/I- kind; else accuracy a token."""
+        marks = ("B-", "I-", "E-", "S-", "L-", "U-")
+        if all(name == "O" or name[:2] in marks for name in self.label_names or ()):
+            return ("f1", "precision", "recall", "accuracy")
+        return ("accuracy",)
+
+    def features(self) -> Features:
+        from datasets import Features, Sequence, Value
+
+        tags = Sequence(Value("int64"))
+        return Features({self.tokens: Sequence(Value("string")), self.label: tags})
+
+    def check_varied(self) -> None:
+        if self.train is None:
+            return
+        found = {tag for tags in self.train[:][self.label] for tag in tags}
+        if len(found) < 2:
+            only = (self.label_names or ())[next(iter(found))]
             raise DataError(
-                f"the tags in {label!r} are numbers; give label_names= in the order of the numbers"
+                f"every token of the {len(self.train)} train rows has the tag {only!r}, "
+                "so there is nothing to learn; give rows with two tags or more"
             )
-        names = tuple(sorted(found))
-    else:
-        names = tuple(label_names)
-    numbered = {
-        split: {**rows, label: _numbers(rows[label], names, split, label_names is None)}
-        for split, rows in splits.items()
-    }
-    return numbered, names
+
+    def tokenize(
+        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> Dataset:
+        """Sub-token ids; labels are the word's tag on its first sub-token and -100 elsewhere.
+
+        Words beyond max_length are neither trained on nor scored; how many rows lose some is
+        logged.
+
+        Raises:
+            ModelError: the tokenizer cannot tell which word a sub-token is of.
+        """
+        if not tokenizer.is_fast:
+            raise ModelError(
+                f"{type(tokenizer).__name__} cannot say which word a token is of; tagging needs a "
+                "tokenizer with a tokenizer.json (a fast one)"
+            )
+        tokens, label = self.tokens, self.label
+        space = " " if _lacks_space(tokenizer) else ""
+
+        def batch_features(batch: dict[str, list[Any]]) -> dict[str, Any]:
+            words = [[space + word for word in row] for row in batch[tokens]]
+            encoded = tokenizer(
+                words, is_split_into_words=True, truncation=True, max_length=max_length
+            )
+            encoded["labels"] = [
+                _align(encoded.word_ids(n), tags) for n, tags in enumerate(batch[label])
+            ]
+            return dict(encoded)
+
+        encoded = rows.map(batch_features, batched=True, remove_columns=rows.column_names)
+        _report_cut(rows[:][label], encoded[:]["labels"], max_length)
+        return encoded
+
+    def data_collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Any]], Any]:
+        from transformers import DataCollatorForTokenClassification
+
+        return DataCollatorForTokenClassification(tokenizer)
+
+    def measure(self, output: EvalPrediction) -> dict[str, float]:
+        """f1, precision and recall of whole entities (exact span and type), accuracy of tokens.
+
+        From logits (rows, tokens, tags) and labels (rows, tokens) with -100 where none counts.
+        """
+        from seqeval.metrics import f1_score, precision_score, recall_score
+
+        functions: dict[str, Callable[..., Any]] = {
+            "f1": f1_score,
+            "precision": precision_score,
+            "recall": recall_score,
+        }
+        names = self.label_names or ()
+        predicted = first_output(output).argmax(axis=-1)
+        kept = output.label_ids != IGNORED
+        true = [[names[n] for n in row[k]] for row, k in zip(output.label_ids, kept, strict=True)]
+        guess = [[names[n] for n in row[k]] for row, k in zip(predicted, kept, strict=True)]
+        accuracy = float((predicted == output.label_ids)[kept].mean()) if kept.any() else 0.0
+        return {
+            name: accuracy
+            if name == "accuracy"
+            else float(functions[name](true, guess, zero_division=0))
+            for name in self.metrics
+        }
+
+
+def _found_tags(rows: dict[str, Rows], label: str) -> tuple[str, ...]:
+    if "train" not in rows:
+        raise DataError("the tags are unknown without train rows; give label_names=")
+    found = {tag for tags in rows["train"][label] for tag in tags}
+    if any(isinstance(tag, int) for tag in found):
+        raise DataError(
+            f"the tags in {label!r} are numbers; give label_names= in the order of the numbers"
+        )
+    return tuple(sorted(found))
 
 
 def _checked(rows: Rows, tokens: str, label: str, split: str) -> Rows:
     for name in (tokens, label):
-        checks.check_column(rows, name, split)
+        check_column(rows, name, split)
     for row, (words, tags) in enumerate(zip(rows[tokens], rows[label], strict=True), 1):
         _check_row(words, tags, tokens, label, f"{split} row {row}")
     keep = [n for n, words in enumerate(rows[tokens]) if words]
@@ -90,7 +189,7 @@ def _what(value: Any) -> str:
     return "empty" if value is None else f"of type {type(value).__name__}"
 
 
-def _numbers(
+def _tag_numbers(
     rows: list[list[Any]], names: tuple[str, ...], split: str, from_train: bool
 ) -> list[list[int]]:
     index: dict[Any, int] = {name: number for number, name in enumerate(names)}
@@ -104,58 +203,6 @@ def _numbers(
             f"{', '.join(unknown[:10])}; correct them or give label_names= with all tags"
         )
     return [[index[tag] for tag in tags] for tags in rows]
-
-
-def check_varied(rows: Dataset, label: str, names: Sequence[str]) -> None:
-    """Raises DataError when all tags to train on are the same."""
-    found = {tag for tags in rows[:][label] for tag in tags}
-    if len(found) < 2:
-        raise DataError(
-            f"every token of the {len(rows)} train rows has the tag {names[next(iter(found))]!r}, "
-            "so there is nothing to learn; give rows with two tags or more"
-        )
-
-
-def default_metrics(names: Sequence[str]) -> tuple[str, ...]:
-    """Entity metrics where the tags are of the B-/I- kind; else accuracy a token."""
-    if all(name == "O" or name[:2] in ("B-", "I-", "E-", "S-", "L-", "U-") for name in names):
-        return ("f1", "precision", "recall", "accuracy")
-    return ("accuracy",)
-
-
-def features(tokens: str, label: str) -> Features:
-    """The columns of a split."""
-    return Features({tokens: ListOf(Value("string")), label: ListOf(Value("int64"))})
-
-
-def encode(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, tokens: str, label: str, max_length: int
-) -> Dataset:
-    """Sub-token ids; labels are the word's tag on its first sub-token and -100 elsewhere.
-
-    Words beyond max_length are neither trained on nor scored; how many rows lose some is logged.
-
-    Raises:
-        ModelError: the tokenizer cannot tell which word a sub-token is of.
-    """
-    if not tokenizer.is_fast:
-        raise ModelError(
-            f"{type(tokenizer).__name__} cannot say which word a token is of; tagging needs a "
-            "tokenizer with a tokenizer.json (a fast one)"
-        )
-    space = " " if _lacks_space(tokenizer) else ""
-
-    def batch_features(batch: dict[str, list[Any]]) -> dict[str, Any]:
-        words = [[space + word for word in row] for row in batch[tokens]]
-        encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length)
-        encoded["labels"] = [
-            _align(encoded.word_ids(n), tags) for n, tags in enumerate(batch[label])
-        ]
-        return dict(encoded)
-
-    encoded = rows.map(batch_features, batched=True, remove_columns=rows.column_names)
-    _report_cut(rows[:][label], encoded[:]["labels"], max_length)
-    return encoded
 
 
 def _lacks_space(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -185,40 +232,3 @@ def _report_cut(tags: list[list[int]], labels: list[list[int]], max_length: int)
             "token of their own",
             *(short, len(tags), max_length),
         )
-
-
-def data_collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Any]], Any]:
-    """Pads a batch to its longest row, labels with -100."""
-    return DataCollatorForTokenClassification(tokenizer)
-
-
-def compute_metrics(
-    metrics: Sequence[str], names: Sequence[str]
-) -> Callable[[EvalPrediction], dict[str, float]]:
-    """f1, precision and recall of whole entities (exact span and type), accuracy of tokens.
-
-    From logits (rows, tokens, tags) and labels (rows, tokens) with -100 where none counts;
-    each in [0, 1].
-    """
-    from seqeval.metrics import f1_score, precision_score, recall_score
-
-    functions: dict[str, Callable[..., Any]] = {
-        "f1": f1_score,
-        "precision": precision_score,
-        "recall": recall_score,
-    }
-
-    def measure(output: EvalPrediction) -> dict[str, float]:
-        predicted = first_output(output).argmax(axis=-1)
-        kept = output.label_ids != IGNORED
-        true = [[names[n] for n in row[k]] for row, k in zip(output.label_ids, kept, strict=True)]
-        guess = [[names[n] for n in row[k]] for row, k in zip(predicted, kept, strict=True)]
-        accuracy = float((predicted == output.label_ids)[kept].mean()) if kept.any() else 0.0
-        return {
-            name: accuracy
-            if name == "accuracy"
-            else float(functions[name](true, guess, zero_division=0))
-            for name in metrics
-        }
-
-    return measure
