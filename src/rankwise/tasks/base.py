@@ -48,6 +48,12 @@ class Task(ABC):
         package: what its metrics are computed with; None for nothing beyond the library's own.
         labelled: whether its rows have a label column.
         most_texts: how many text columns it can take.
+
+    Example:
+        >>> task = load_task("mrpc", data_dir="rows/mrpc")
+        >>> rows = task.encode(task.train, tokenizer, max_length=128)
+        >>> model = load_model(task, "roberta-base", tokenizer=tokenizer)
+        >>> Trainer(model, args, train_dataset=rows, compute_metrics=task.compute_metrics())
     """
 
     name: str
@@ -129,6 +135,7 @@ class Task(ABC):
     def features(self) -> Features:
         """The columns of a numbered split and their types."""
 
+    # B027: an empty slot is not forgotten, there is nothing to do unless a kind says so.
     def check_varied(self) -> None:  # noqa: B027
         """A slot: raises DataError when all labels in train are the same."""
 
