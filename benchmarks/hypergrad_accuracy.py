@@ -121,8 +121,8 @@ def make_problem(seed: int) -> Problem:
     meta = {id(beta) for beta in betas}
     theta: list[Tensor] = [p for p in model.parameters() if p.requires_grad and id(p) not in meta]
 
-    rows = tasks.encode(task, task.train, tokenizer, MAX_LENGTH).shuffle(seed=seed)
-    collate = tasks.data_collator(task, tokenizer)
+    rows = task.encode(task.train, tokenizer, MAX_LENGTH).shuffle(seed=seed)
+    collate = task.data_collator(tokenizer)
     batches = (
         {key: value.to(model.device) for key, value in collate(chunk).items()}
         for start in range(0, len(rows), BATCH)

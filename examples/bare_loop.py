@@ -43,7 +43,7 @@ base = AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=3).t
 plan = rankwise.search(
     base,
     parts["train"],
-    method=rankwise.AutoLoRA(learning_rate=1e-2),  # ten times the paper's: so few steps
+    method=rankwise.AutoLoRA(gate_learning_rate=1e-2),  # ten times the paper's: so few steps
     args=TrainingArguments(str(OUTPUT / "search"), learning_rate=1e-3, num_train_epochs=1),
     data_collator=collator,
 )

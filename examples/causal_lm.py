@@ -64,7 +64,7 @@ plan = rankwise.search(
     base,
     rows,
     target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-    method=rankwise.AutoLoRA(learning_rate=1e-2),  # ten times the paper's: so few steps
+    method=rankwise.AutoLoRA(gate_learning_rate=1e-2),  # ten times the paper's: so few steps
     args=TrainingArguments(str(OUTPUT / "search"), num_train_epochs=1, **common),
     data_collator=collator,
 )

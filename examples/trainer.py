@@ -43,7 +43,7 @@ common = {"learning_rate": 1e-3, "per_device_train_batch_size": 32, "report_to":
 plan = rankwise.search(
     base,
     parts["train"],
-    method=rankwise.AutoLoRA(learning_rate=1e-2),  # ten times the paper's: so few steps
+    method=rankwise.AutoLoRA(gate_learning_rate=1e-2),  # ten times the paper's: so few steps
     args=TrainingArguments(str(OUTPUT / "search"), num_train_epochs=1, **common),
     data_collator=collator,
 )

@@ -67,7 +67,7 @@ def compare(name: str, seed: int, args: argparse.Namespace) -> None:
         *("--validation_file", str(args.data_dir / name / "validation.jsonl")),
         *("--learning_rate", str(recipe.learning_rate), "--num_train_epochs", str(recipe.epochs)),
         *("--num_search_epochs", str(recipe.search_epochs), "--seed", str(seed)),
-        *("--control", "uniform", "random", "--control_r", "4"),
+        *("--control", "lora:r=4", "random"),
     ]
     target = RESULTS / "autolora" / f"{name}-seed{seed}"
     run("run", recipe, flags, target, args)

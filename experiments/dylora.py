@@ -31,7 +31,7 @@ from peft import PeftModel
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from rankwise import Adapter, RankPlan, curve, elastic, tasks, train
+from rankwise import Adapter, RankPlan, curve, ranks_by_layer, size_loss, tasks, train
 from rankwise.files import write_json
 from rankwise.lora import factors, uniform
 from rankwise.nested import NestedTrainer
@@ -120,7 +120,7 @@ def load(recipe: Recipe, name: str, seed: int, args: argparse.Namespace) -> Job:
         files["validation_file"] = args.data_dir / name / "validation.jsonl"
     task = tasks.load_task(recipe.task, **files, seed=seed)
     tokenizer = tasks.load_tokenizer(args.model)
-    rows = [tasks.encode(task, part, tokenizer, 128) for part in (task.train, task.validation)]
+    rows = [task.encode(part, tokenizer, 128) for part in (task.train, task.validation)]
     rows[1] = by_length(rows[1])
     training = TrainingArguments(
         output_dir=tempfile.gettempdir(),
@@ -174,15 +174,15 @@ def run(job: Job, arm: str) -> dict[str, Any]:
     """Trains one arm; its metrics by rank. LoRA at the largest rank brings its cuts along."""
     kind, _, b = arm.rpartition("-") if arm.startswith("lora-") else (arm, "", str(R))
     plan = replace(uniform(base := base_model(job), int(b)), scaling=ALPHA / int(b))
-    method = None if kind == "lora" else kind.removesuffix("-longer")
+    method = kind.removesuffix("-longer")
     rate = job.recipe.frozen_learning_rate if arm == "dylora-frozen" else job.recipe.learning_rate
     epochs = job.recipe.epochs * (LONGER if arm == "dylora-longer" else 1)
     args = replace(job.args, learning_rate=rate, num_train_epochs=epochs)
     trainer = train(base, plan, job.train, args=args, method=method, **evaluation(job))
     trained = {"steps": trainer.state.global_step, "learning_rate": rate}
-    if method is not None:
+    if kind != "lora":
         found = curve(trainer, job.evaluation, metric=job.task.main_metric)
-        by_rank = dict(zip(map(str, found.ranks), found.metrics, strict=True))
+        by_rank = dict(zip(map(str, found.sizes), found.metrics, strict=True))
         result = {arm: trained | {"ranks": by_rank}}
         if arm == "dylora" and len(job.evaluation) >= 2 * ELASTIC_ROWS and not job.tuning:
             result["elastic"] = chosen_by_layer(trainer, job)
@@ -204,16 +204,16 @@ def chosen_by_layer(trainer: NestedTrainer, job: Job) -> dict[str, Any]:
     chosen_on = by_length(job.evaluation.select(order[:ELASTIC_ROWS]))
     measured_on = by_length(job.evaluation.select(order[ELASTIC_ROWS:]))
     budget = RankPlan.uniform(trainer.plan, ELASTIC_RANK).parameters
-    choice = elastic.choose(elastic.validation_loss(trainer, chosen_on), trainer.plan, budget)
+    choice = ranks_by_layer(size_loss(trainer, chosen_on), trainer.plan, budget)
     found: dict[str, Any] = {
         "rank": ELASTIC_RANK,
         "rows_chosen_on": len(chosen_on),
         "rows_measured_on": len(measured_on),
         "pays_where_chosen": choice.pays,
-        "chosen_ranks": choice.elastic.ranks,
-        "parameters": choice.elastic.parameters,
+        "chosen_ranks": choice.by_layer.ranks,
+        "parameters": choice.by_layer.parameters,
     }
-    for name, plan in (("elastic", choice.elastic), ("uniform", choice.uniform)):
+    for name, plan in (("elastic", choice.by_layer), ("uniform", choice.uniform)):
         trainer.set_ranks(plan.ranks)
         found[name] = measured(trainer, replace(job, evaluation=measured_on))
     trainer.set_ranks(R)
@@ -242,9 +242,9 @@ def first_pieces(trainer: Trainer, job: Job) -> dict[str, dict[str, float]]:
 
 def evaluation(job: Job) -> dict[str, Any]:
     return {
-        "data_collator": tasks.data_collator(job.task, job.tokenizer),
-        "compute_metrics": tasks.compute_metrics(job.task),
-        "preprocess_logits_for_metrics": tasks.preprocess_logits(job.task),
+        "data_collator": job.task.data_collator(job.tokenizer),
+        "compute_metrics": job.task.compute_metrics(),
+        "preprocess_logits_for_metrics": job.task.preprocess_logits,
     }
 
 

@@ -494,7 +494,7 @@ def nested(kind: Kind, folder: Path, r_min: int = 1):
     keep_first(gated, R)
     bake(model)
     model.save_pretrained(str(folder))
-    plan = plan.with_ranks(plan.ranks, method={"name": "dylora", "r_min": r_min})
+    plan = plan.with_ranks(plan.ranks, trained_ranks=list(range(r_min, R + 1)))
     plan.save(folder / "nested_plan.json")
     return plan, list(zip(wanted, logits, strict=True))
 
@@ -538,10 +538,10 @@ def nested_bert(tmp_path_factory):
 
 
 def test_a_rank_that_was_never_drawn_is_not_cut_out(nested_bert):
-    """DyLoRA(weights=...) may leave ranks out within the range."""
+    """DyLoRA(rank_weights=...) may leave ranks out within the range."""
     adapter = Adapter.load(nested_bert[0])
-    method = {"name": "dylora", "r_min": 1, "weights": [0.5, 0.0, 0.5]}
-    adapter = replace(adapter, plan=adapter.plan.with_ranks(adapter.plan.ranks, method=method))
+    plan = adapter.plan.with_ranks(adapter.plan.ranks, trained_ranks=[1, 3])
+    adapter = replace(adapter, plan=plan)
     assert adapter.trained_ranks == [1, 3]
     with pytest.raises(AdapterError, match=r"rank 2 .* was not trained; .* ranks 1, 3"):
         adapter.truncate(2)
@@ -570,7 +570,7 @@ def test_a_plan_of_other_modules_is_refused(nested_bert):
 
 def test_only_a_nested_adapter_can_be_cut_without_svd(nested_bert, tmp_path):
     saved(LINEAR, tmp_path / "whole")
-    with pytest.raises(AdapterError, match="not trained by DyLoRA; use truncate_svd"):
+    with pytest.raises(AdapterError, match="not nested; use truncate_svd"):
         Adapter.load(tmp_path / "whole").truncate(2)
     Adapter.load(nested_bert[0]).truncate(2).save(tmp_path / "cut")  # and what was cut is not
     with pytest.raises(AdapterError, match="use truncate_svd"):
@@ -599,9 +599,9 @@ def test_a_plan_that_contradicts_the_weights_is_refused(nested_bert, tmp_path):
     more.save(path)
     with pytest.raises(PlanError, match=r"has the module '.*key', which the weights lack"):
         Adapter.load(path.parent).truncate(2)
-    for method in ({"r_min": "x"}, {"weights": [1.0]}, {"weights": 3}, {"rank": 4}):
-        plan.with_ranks(plan.ranks, method=method).save(path)
-        with pytest.raises(PlanError, match=r"the method in nested_plan\.json is not DyLoRA's"):
+    for ranks in ("x", [], [0, 1], [4], 3, [1.5], None):
+        plan.with_ranks(plan.ranks, trained_ranks=ranks).save(path)
+        with pytest.raises(PlanError, match=r'"trained_ranks" in nested_plan\.json is'):
             Adapter.load(path.parent)
     path.write_text("{")
     with pytest.raises(PlanError, match=r"nested_plan\.json: not JSON"):

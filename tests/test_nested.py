@@ -36,6 +36,7 @@ from rankwise import (
 )
 from rankwise.gate import NestedGate, attach_nested, gate_values, keep_first
 from rankwise.lora import build, factors, uniform
+from rankwise.methods import from_description
 from rankwise.nested import NestedTrainer
 from rankwise.trainer import last_checkpoint
 
@@ -96,7 +97,7 @@ def test_gated_model_is_stock_lora_of_rank_b_at_alpha_over_b(of, b):
 
 def test_training_follows_algorithm_1(of, tmp_path):
     """A plain loop on stock PEFT: slice, scale by α/b, AdamW; shares no code with the trainer."""
-    method, steps, batches = DyLoRA(distribution="geometric", p=0.3), 8, []
+    method, steps, batches = DyLoRA(rank_distribution="geometric", geometric_p=0.3), 8, []
 
     def recorded(features):
         batches.append(default_data_collator(features))
@@ -170,11 +171,11 @@ def test_one_compiled_graph_serves_every_rank(of):
         (DyLoRA(), [1 / 8] * 8),
         (DyLoRA(r_min=5), [0] * 4 + [1 / 4] * 4),
         (
-            DyLoRA(weights=(0.5, 0.0, 0.2, 0.0, 0.0, 0.0, 0.1, 0.2)),
+            DyLoRA(rank_weights=(0.5, 0.0, 0.2, 0.0, 0.0, 0.0, 0.1, 0.2)),
             [0.5, 0, 0.2, 0, 0, 0, 0.1, 0.2],
         ),
         (
-            DyLoRA(distribution="geometric", p=0.5),
+            DyLoRA(rank_distribution="geometric", geometric_p=0.5),
             [128 / 255, 64 / 255, 32 / 255, 16 / 255, 8 / 255, 4 / 255, 2 / 255, 1 / 255],
         ),
     ],
@@ -390,10 +391,10 @@ def test_curve_measures_each_rank_and_its_standard_error(of, tmp_path):
     )
     held = rows(of, 200, seed=5)
     found = curve(trainer, held, metric="accuracy")
-    assert (found.ranks, found.rows, found.greater_is_better) == ((1, 2, 3, 4), 200, True)
+    assert (found.sizes, found.rows, found.greater_is_better) == ((1, 2, 3, 4), 200, True)
     table = held.with_format("torch")
     inputs = {n: table[n][:] for n in ("input_ids", "attention_mask", "labels")}
-    for b, metrics, error in zip(found.ranks, found.metrics, found.standard_errors, strict=True):
+    for b, metrics, error in zip(found.sizes, found.metrics, found.standard_errors, strict=True):
         trainer.set_ranks(b)
         with torch.no_grad():
             output = trainer.model.eval()(**inputs)
@@ -408,7 +409,7 @@ def test_curve_of_a_loss_needs_no_metric(of, tmp_path):
     args = arguments(tmp_path, per_device_eval_batch_size=4)
     trainer = trained(of.model(), rows(of), args)
     found = curve(trainer, rows(of, 40, seed=5), ranks=[3, 1])
-    assert (found.metric, found.ranks, found.greater_is_better) == ("loss", (1, 3), False)
+    assert (found.metric, found.sizes, found.greater_is_better) == ("loss", (1, 3), False)
     trainer.set_ranks(3)
     table = rows(of, 40, seed=5).with_format("torch")
     losses = []
@@ -435,7 +436,7 @@ def test_pick_is_the_smallest_rank_within_the_tolerance(
     values, errors, greater, tolerance, expected
 ):
     metrics = tuple({"score": value} for value in values)
-    found = Curve("score", greater, (1, 2, 3, 4), metrics, errors, rows=100)
+    found = Curve("score", greater, "rank", (1, 2, 3, 4), metrics, errors, (0.0,) * 4, rows=100)
     assert pick(found, tolerance) == expected
 
 
@@ -454,12 +455,12 @@ def test_search_gives_the_plan_of_the_picked_rank(of, tmp_path):
     )
     found = plan.provenance["curve"]
     assert (plan.provenance["train_rows"], plan.provenance["validation_rows"]) == (54, 6)
-    assert (found["metric"], found["rows"], found["ranks"]) == ("accuracy", 6, [1, 2, 3, 4])
+    assert (found["metric"], found["rows"], found["sizes"]) == ("accuracy", 6, [1, 2, 3, 4])
     best = max(m["accuracy"] for m in found["metrics"])
     allowed = found["standard_errors"][[m["accuracy"] for m in found["metrics"]].index(best)]
     within = [
         b
-        for b, m in zip(found["ranks"], found["metrics"], strict=True)
+        for b, m in zip(found["sizes"], found["metrics"], strict=True)
         if m["accuracy"] >= best - allowed
     ]
     assert set(plan.ranks.values()) == {within[0]}
@@ -480,7 +481,7 @@ def test_saving_leaves_the_trainer_as_it_was(of, tmp_path):
         "nested_plan.json",
     ]
     plan = RankPlan.load(tmp_path / "nested" / "nested_plan.json")
-    assert plan.provenance["method"]["name"] == "dylora"
+    assert plan.provenance["method"]["name"] == "DyLoRA"
 
 
 def test_a_push_to_the_hub_sends_an_adapter(of, tmp_path):
@@ -535,14 +536,20 @@ def test_save_model_writes_what_peft_reads(of, tmp_path):
     [
         ({"r_min": 0}, "r_min is 0; a rank is an integer of at least 1"),
         ({"r_min": 5}, "r_min is 5, above the largest rank 4"),
-        ({"weights": (0.5, 0.5)}, "2 weights for the 4 ranks 1 to 4"),
-        ({"weights": (0.5, 0.5, 0.5, 0.5)}, "weights sum to 2; they have to sum to 1"),
-        ({"weights": (0.5, 0.5, 0.0, 0.0)}, "the last weight is 0"),
-        ({"weights": (1.5, -0.5, 0.0, 0.0)}, "each has to lie from 0 to 1"),
-        ({"weights": (float("nan"), 0.5, 0.5, 0.0)}, "each has to lie from 0 to 1"),
-        ({"distribution": "normal"}, "take uniform or geometric"),
-        ({"distribution": "geometric", "weights": (0.0, 0.0, 0.0, 1.0)}, "leave the other out"),
-        ({"distribution": "geometric", "p": 1.0}, "p is 1.0; it has to lie between 0 and 1"),
+        ({"rank_weights": (0.5, 0.5)}, "2 rank_weights for the 4 ranks 1 to 4"),
+        ({"rank_weights": (0.5, 0.5, 0.5, 0.5)}, "rank_weights sum to 2; they have to sum to 1"),
+        ({"rank_weights": (0.5, 0.5, 0.0, 0.0)}, "the last of rank_weights is 0"),
+        ({"rank_weights": (1.5, -0.5, 0.0, 0.0)}, "each has to lie from 0 to 1"),
+        ({"rank_weights": (float("nan"), 0.5, 0.5, 0.0)}, "each has to lie from 0 to 1"),
+        ({"rank_distribution": "normal"}, "take uniform or geometric"),
+        (
+            {"rank_distribution": "geometric", "rank_weights": (0.0, 0.0, 0.0, 1.0)},
+            "leave the other out",
+        ),
+        (
+            {"rank_distribution": "geometric", "geometric_p": 1.0},
+            "geometric_p is 1.0; it has to lie between 0 and 1",
+        ),
     ],
 )
 def test_ranges_and_weights_that_make_no_sense(of, tmp_path, settings, message):
@@ -556,7 +563,9 @@ def test_a_plan_of_several_ranks_is_refused(of, tmp_path):
     plan = plan.with_ranks({name: 2 + i % 2 for i, name in enumerate(plan.modules)})
     with pytest.raises(PlanError, match=r"has ranks 2 to 3; give rankwise\.uniform"):
         train(model, plan, rows(of), args=arguments(tmp_path), method="dylora")
-    with pytest.raises(RankwiseError, match="what trains an adapter at once is dylora"):
+    with pytest.raises(
+        RankwiseError, match="AutoLoRA chooses ranks, which are then trained as plain LoRA"
+    ):
         train(model, plan_of(model), rows(of), args=arguments(tmp_path), method="autolora")
 
 
@@ -605,19 +614,19 @@ def test_a_uniform_plan_below_the_largest_rank_is_trained_at_its_own(of, tmp_pat
     assert plan.r == K
     args = arguments(tmp_path, max_steps=1)
     trainer = train(of.model(), plan, rows(of), args=args, method="dylora")
-    assert curve(trainer, rows(of, seed=5)).ranks == (1, 2)
+    assert curve(trainer, rows(of, seed=5)).sizes == (1, 2)
 
 
 def test_numbers_of_numpy_are_numbers(of, tmp_path):
-    method = DyLoRA(weights=np.array([0.25, 0.25, 0.25, 0.25]))
-    assert hash(method) == hash(DyLoRA(weights=(0.25, 0.25, 0.25, 0.25)))
+    method = DyLoRA(rank_weights=np.array([0.25, 0.25, 0.25, 0.25]))
+    assert hash(method) == hash(DyLoRA(rank_weights=(0.25, 0.25, 0.25, 0.25)))
     trainer = trained(of.model(), rows(of), arguments(tmp_path, max_steps=1), method)
     held = rows(of, seed=5)
     assert curve(trainer, held, ranks=np.arange(1, 5)) == curve(trainer, held)
     trainer.set_ranks(np.int64(2))
     trainer.save_nested(tmp_path / "nested")
     adapter = Adapter.load(tmp_path / "nested")
-    assert adapter.method == method
+    assert from_description(adapter.plan.provenance["method"]) == method
     assert adapter.truncate(np.int64(2)).config["r"] == 2
     assert adapter.truncate_svd(np.int64(2)).config["r"] == 2
     with pytest.raises(AdapterError, match=r"rank 2\.0 of .* was not trained"):
@@ -648,7 +657,7 @@ def test_a_nested_adapter_from_disk_is_what_was_trained(name, tmp_path):
         data_collator=default_data_collator,
     )
     found = curve(again, held)
-    assert found.ranks == expected.ranks == (2, 3, 4)
+    assert found.sizes == expected.sizes == (2, 3, 4)
     assert found.values == pytest.approx(expected.values, rel=1e-5)
     assert (again.method, again.plan) == (trainer.method, trainer.plan)
 
@@ -658,7 +667,7 @@ def test_what_load_nested_refuses(of, tmp_path):
     trainer = trained(of.model(), rows(of), args)
     trainer.save_nested(tmp_path / "nested")
     Adapter.load(tmp_path / "nested").truncate(1).save(tmp_path / "one")
-    with pytest.raises(AdapterError, match="an adapter of one rank; give nested/ of a DyLoRA run"):
+    with pytest.raises(AdapterError, match="an adapter of one rank; give nested/ of a run"):
         load_nested(of.model(), tmp_path / "one", args=args)
     with pytest.raises(PlanError, match="the plan is for another model"):
         load_nested(family("gpt2-classification").model(), tmp_path / "nested", args=args)

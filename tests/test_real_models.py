@@ -119,7 +119,7 @@ def test_smollm2_from_gguf_searches_trains_and_reloads(tmp_path):
     tokenizer = tasks.load_tokenizer(folder, gguf_file=gguf.name)
     base = tasks.load_model(task, folder, tokenizer=tokenizer, gguf_file=gguf.name)
     assert next(base.parameters()).dtype == torch.float32
-    rows: Dataset = tasks.encode(task, task.train, tokenizer, 16)
+    rows: Dataset = task.encode(task.train, tokenizer, 16)
     args = TrainingArguments(
         output_dir=str(tmp_path / "search"),
         max_steps=2,
@@ -129,7 +129,7 @@ def test_smollm2_from_gguf_searches_trains_and_reloads(tmp_path):
         report_to="none",
         use_cpu=True,
     )
-    collator = tasks.data_collator(task, tokenizer)
+    collator = task.data_collator(tokenizer)
     plan = rankwise.search(base, rows, r=4, args=args, data_collator=collator)
     assert len(plan.modules) == 2 * base.config.num_hidden_layers
     # grouped-query attention: value's matrix is smaller than query's, and so is its rank-1 piece

@@ -32,7 +32,7 @@ def of():
 
 def search(model, data, args, method=None, **more):
     # a look-ahead step of 1 makes the second term of the hypergradient matter
-    method = method or AutoLoRA(learning_rate=1e-2, lookahead=1.0)
+    method = method or AutoLoRA(gate_learning_rate=1e-2, lookahead=1.0)
     return rankwise.search(
         model, data, method=method, r=K, args=args, data_collator=default_data_collator, **more
     )
@@ -82,7 +82,7 @@ def reference_search(of, trainer, steps, eta, lr, beta_lr):
 def test_search_follows_algorithm_1(of, tmp_path, estimator, tolerance):
     of.config._attn_implementation = "eager"
     model = without_dropout(of)
-    method = AutoLoRA(estimator=estimator, learning_rate=1e-2, lookahead=0.5, radius=1e-3)
+    method = AutoLoRA(estimator=estimator, gate_learning_rate=1e-2, lookahead=0.5, radius=1e-3)
     plan = RankPlan(find_entries(model, None, K), r=K)
     torch.manual_seed(0)
     peft_model = build(model, plan, task_type="SEQ_CLS")
@@ -155,7 +155,7 @@ def test_the_model_comes_back_also_when_the_search_fails(of, tmp_path):
 
 
 def test_sets_are_disjoint_seeded_and_of_the_asked_size(of):
-    from rankwise.training import two_sets
+    from rankwise.rows import two_sets
 
     data = rows(of, 40).add_column("row", list(range(40)))
     sets = [two_sets(data, None, 0.3, seed) for seed in (0, 0, 1)]
@@ -312,7 +312,7 @@ def test_accumulation_for_a_language_model_weighs_tokens(tmp_path):
 @pytest.mark.parametrize("estimator", ["finite_difference", "exact"])
 def test_gradient_checkpointing_changes_nothing(of, tmp_path, estimator):
     """Dropout on: the recomputation has to draw the same masks."""
-    method = AutoLoRA(estimator=estimator, learning_rate=1e-2, lookahead=1.0)
+    method = AutoLoRA(estimator=estimator, gate_learning_rate=1e-2, lookahead=1.0)
     plain = search(of.model(), rows(of), arguments(tmp_path), method)
     saved = search(of.model(), rows(of), arguments(tmp_path, gradient_checkpointing=True), method)
     torch.testing.assert_close(gate_values(saved), gate_values(plain), rtol=1e-4, atol=1e-6)
@@ -334,7 +334,7 @@ def test_finite_difference_and_exact_agree_with_dropout_on(of, tmp_path, attenti
     of.config._attn_implementation = attention
     found = {}
     for estimator in ("finite_difference", "exact", "first_order"):
-        method = AutoLoRA(estimator=estimator, learning_rate=1e-2, lookahead=1.0)
+        method = AutoLoRA(estimator=estimator, gate_learning_rate=1e-2, lookahead=1.0)
         found[estimator] = gate_values(search(of.model(), rows(of), arguments(tmp_path), method))
     torch.testing.assert_close(found["finite_difference"], found["exact"], rtol=1e-2, atol=1e-4)
     assert (found["first_order"] - found["exact"]).abs().max() > 1e-3
@@ -445,11 +445,11 @@ def test_half_a_checkpoint_is_passed_over(tmp_path):
 def test_checkpoint_of_another_configuration_is_refused(of, tmp_path):
     args = arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
     search(of.model(), rows(of), args)
-    with pytest.raises(CheckpointError, match=r"another search: k was 4 and is now 3"):
+    with pytest.raises(CheckpointError, match=r"another run: method\.r was 4 and is now 3"):
         rankwise.search(
             of.model(),
             rows(of),
-            method=AutoLoRA(learning_rate=1e-2, lookahead=1.0),
+            method=AutoLoRA(gate_learning_rate=1e-2, lookahead=1.0),
             r=3,
             args=args,
             resume_from_checkpoint=True,
@@ -463,7 +463,7 @@ def test_checkpoint_of_another_configuration_is_refused(of, tmp_path):
 def test_other_targets_or_settings_are_not_resumed(of, tmp_path):
     args = arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
     search(of.model(), rows(of), args, target_modules=["query"])
-    with pytest.raises(CheckpointError, match="targets was"):
+    with pytest.raises(CheckpointError, match="target_modules was"):
         search(of.model(), rows(of), args, target_modules=["value"], resume_from_checkpoint=True)
     args.label_smoothing_factor = 0.3
     with pytest.raises(CheckpointError, match=r"label_smoothing_factor was 0.0 and is now 0.3"):

@@ -39,7 +39,7 @@ else:
     plan = search(
         of.model(),
         rows(of, 48),
-        method=AutoLoRA(learning_rate=1e-2, lookahead=1.0),
+        method=AutoLoRA(gate_learning_rate=1e-2, lookahead=1.0),
         args=args,
         data_collator=default_data_collator,
     )

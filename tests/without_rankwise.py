@@ -1,11 +1,13 @@
 """A process in which rankwise cannot be imported: loads adapters with plain PEFT, writes logits.
 
 Reads one JSON object a line: {"auto", "base", "adapter", "inputs", "out"}; `inputs` is a
-safetensors file; `out` becomes one with "logits" and "merged". Answers each with one line.
+safetensors file; `out` becomes one with "logits", and "merged" for LoRA. A folder
+without an adapter's config is a whole model. Answers each with one line.
 """
 
 import json
 import sys
+from pathlib import Path
 
 sys.modules["rankwise"] = None  # type: ignore[assignment]  # import rankwise now raises ImportError
 
@@ -27,12 +29,18 @@ def main() -> None:
 
 @torch.no_grad()
 def answer(request: dict) -> None:
-    base = getattr(transformers, request["auto"]).from_pretrained(request["base"])
-    model = PeftModel.from_pretrained(base, request["adapter"]).eval()
+    auto = getattr(transformers, request["auto"])
     inputs = load_file(request["inputs"])
-    logits = model(**inputs).logits.contiguous()
-    merged = model.merge_and_unload()(**inputs).logits.contiguous()
-    save_file({"logits": logits, "merged": merged}, request["out"])
+    if not (Path(request["adapter"]) / "adapter_config.json").is_file():
+        whole = auto.from_pretrained(request["adapter"]).eval()
+        save_file({"logits": whole(**inputs).logits.contiguous()}, request["out"])
+        return
+    base = auto.from_pretrained(request["base"])
+    model = PeftModel.from_pretrained(base, request["adapter"]).eval()
+    found = {"logits": model(**inputs).logits.contiguous()}
+    if model.active_peft_config.peft_type == "LORA":
+        found["merged"] = model.merge_and_unload()(**inputs).logits.contiguous()
+    save_file(found, request["out"])
 
 
 main()

@@ -1,51 +1,58 @@
-"""rankwise: LoRA ranks chosen from your data."""
+"""rankwise: how small a LoRA adapter can be, from your own data.
 
-from rankwise import elastic
-from rankwise.adapter import Adapter
-from rankwise.errors import (
-    AdapterError,
-    CheckpointError,
-    DataError,
-    DivergedError,
-    ModelError,
-    OutputError,
-    PlanError,
-    RankwiseError,
-)
-from rankwise.gate import attach, bake
-from rankwise.lora import build, check, uniform
-from rankwise.methods import METHODS, AutoLoRA, DyLoRA
-from rankwise.nested import Curve, curve, pick
-from rankwise.plan import Entry, RankPlan
-from rankwise.training import load_nested, search, train
+Names are looked up when they are first used: `import rankwise` itself loads nothing heavy.
+"""
+
+# Only what costs nothing is imported here: `rankwise --help` pays for it.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "METHODS",
-    "Adapter",
-    "AdapterError",
-    "AutoLoRA",
-    "CheckpointError",
-    "Curve",
-    "DataError",
-    "DivergedError",
-    "DyLoRA",
-    "Entry",
-    "ModelError",
-    "OutputError",
-    "PlanError",
-    "RankPlan",
-    "RankwiseError",
-    "attach",
-    "bake",
-    "build",
-    "check",
-    "curve",
-    "elastic",
-    "load_nested",
-    "pick",
-    "search",
-    "train",
-    "uniform",
-]
+# where each public name lives
+_HOMES = {
+    "rankwise.adapter": ("Adapter",),
+    "rankwise.choose": ("ByLayer", "Curve", "pick", "ranks_by_layer"),
+    "rankwise.errors": (
+        "AdapterError",
+        "CheckpointError",
+        "DataError",
+        "DivergedError",
+        "ModelError",
+        "OutputError",
+        "PlanError",
+        "RankwiseError",
+        "ResultError",
+    ),
+    "rankwise.job": ("Fitted", "fit"),
+    "rankwise.gate": ("attach", "bake"),
+    "rankwise.lora": ("build", "check", "uniform"),
+    "rankwise.nested": ("curve", "load_nested", "size_loss"),
+    "rankwise.plan": ("Entry", "RankPlan"),
+    "rankwise.result": ("Result",),
+    "rankwise.training": ("search", "train"),
+}
+_NAMES = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = ["METHODS", *sorted(_NAMES)]
+
+
+def __getattr__(name: str) -> "Any":
+    from importlib import import_module
+
+    if name in _NAMES:
+        value = getattr(import_module(_NAMES[name]), name)
+    else:  # every method, by the name of its class, and METHODS
+        methods = import_module("rankwise.methods")
+        if name not in methods.__all__:
+            raise AttributeError(f"module 'rankwise' has no attribute {name!r}")
+        value = getattr(methods, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    from importlib import import_module
+
+    return sorted({*globals(), *__all__, *import_module("rankwise.methods").__all__})

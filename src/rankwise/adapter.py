@@ -1,6 +1,6 @@
 """Adapters on disk: read, cut down to smaller ranks, written again; no base model, no data, no GPU.
 
-Two ways to cut. A nested adapter (DyLoRA's) keeps the first b pieces of each module at scale α/b.
+Two ways to cut. A nested adapter keeps the first b pieces of each module at scale α/b.
 Any other LoRA adapter is truncated by the singular value decomposition of its own B A, which is the
 best approximation of that rank in the Frobenius norm (Eckart and Young).
 """
@@ -21,10 +21,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rankwise.errors import AdapterError, OutputError, PlanError, RankwiseError
+from rankwise.errors import AdapterError, OutputError, PlanError
 from rankwise.files import replace_folder, write_json, write_text
-from rankwise.methods import DyLoRA
-from rankwise.plan import RankPlan, patterns, tidy
+from rankwise.plan import (
+    Entry,
+    RankPlan,
+    exact_targets,
+    first_pieces,
+    patterns,
+    tidy,
+    within_budget,
+)
 
 WEIGHTS, CONFIG, NESTED = "adapter_model.safetensors", "adapter_config.json", "nested_plan.json"
 
@@ -95,7 +102,7 @@ class Adapter:
         cuts: by module, what the truncation that made this adapter did.
 
     Example:
-        >>> Adapter.load("runs/dylora/nested").truncate(4).save("adapter-4")
+        >>> Adapter.load("runs/nested/nested").truncate(4).save("adapter-4")
     """
 
     config: dict[str, Any]
@@ -144,7 +151,7 @@ class Adapter:
         adapter = cls(config, weights, plan)
         adapter._refuse_what_ranks_would_break()
         adapter.factors()
-        adapter.method  # noqa: B018  # read here, so that what is wrong with it shows here
+        adapter.trained_ranks  # noqa: B018  # read here, so that what is wrong shows here
         return adapter
 
     def _refuse_what_ranks_would_break(self) -> None:
@@ -234,26 +241,18 @@ class Adapter:
         return r, float(alpha)
 
     @property
-    def method(self) -> DyLoRA | None:
-        """How a nested adapter was trained; None for others."""
-        if self.plan is None:
-            return None
-        method = self.plan.provenance.get("method")
-        settings = dict(method) if isinstance(method, dict) else {}
-        settings.pop("name", None)
-        try:
-            found = DyLoRA(**settings)
-            found.probabilities(self.plan.r)
-        except (TypeError, ValueError, RankwiseError) as error:
-            raise PlanError(f"the method in {NESTED} is not DyLoRA's: {error}") from error
-        return found
-
-    @property
     def trained_ranks(self) -> list[int]:
         """The ranks that a nested adapter was trained at, in ascending order; empty for others."""
-        if self.plan is None or self.method is None:
+        if self.plan is None:
             return []
-        return self.method.trained(self.plan.r)
+        every = list(range(1, self.plan.r + 1))
+        ranks = self.plan.provenance.get("trained_ranks", every)
+        if not isinstance(ranks, list) or not ranks or not all(b in every for b in ranks):
+            raise PlanError(
+                f'"trained_ranks" in {NESTED} is {ranks!r}; it has to list ranks from 1 to '
+                f"{self.plan.r}; take the folder as the training wrote it"
+            )
+        return sorted(ranks)
 
     def truncate(self, ranks: int | RankPlan) -> "Adapter":
         """The nested adapter cut to its first b pieces: one b for all, or a plan's ranks.
@@ -262,18 +261,18 @@ class Adapter:
         r / b goes into B, so that every module keeps the scaling of the plan.
 
         Args:
-            ranks: b, or a plan of the same modules (see `rankwise.elastic`).
+            ranks: b, or a plan of the same modules (see `rankwise.choose`).
 
         Raises:
             AdapterError: not a nested adapter (use `truncate_svd`), or a rank that was not trained.
             PlanError: a plan of other modules.
 
         Example:
-            >>> Adapter.load("runs/dylora/nested").truncate(2).config["r"]
+            >>> Adapter.load("runs/nested/nested").truncate(2).config["r"]
             2
         """
         if self.plan is None:
-            raise AdapterError("the adapter was not trained by DyLoRA; use truncate_svd")
+            raise AdapterError("the adapter is not nested; use truncate_svd")
         wanted = self._wanted(self.plan, ranks)
         factors = self.factors()
         if missing := {entry.module for entry in self.plan.modules.values()} - set(factors):
@@ -337,23 +336,85 @@ class Adapter:
             raise AdapterError(f"energy is {energy}; it has to be above 0 and at most 1")
         spectra = {name: _svd(f) for name, f in factors.items()}
         ranks = _ranks(factors, {n: s for n, (_, s, _) in spectra.items()}, r, energy, budget)
+        return self._at(spectra, ranks)
+
+    def truncate_threshold(self, budget: int) -> "Adapter":
+        """The adapter cut by one threshold on the singular values of all updates (PARA).
+
+        The largest s·σ of the whole model stay, whatever they cost, while they fit the budget; a
+        module may be left without an adapter.
+
+        Args:
+            budget: parameters in all.
+
+        Raises:
+            AdapterError: a budget above what there is, or too small for a single piece.
+
+        Source: arXiv 2604.27796.
+
+        Example:
+            >>> Adapter.load("somebody/lora").truncate_threshold(40_000).parameters
+            39936
+        """
+        factors = self.factors()
+        if budget > self.parameters:
+            raise AdapterError(
+                f"budget is {budget}; the adapter has {self.parameters} parameters, give no more"
+            )
+        spectra = {name: _svd(f) for name, f in factors.items()}
+        sigmas = sorted(
+            ((float(f.scaling * s), name) for name, f in factors.items() for s in spectra[name][1]),
+            reverse=True,
+        )
+        ranks, left = dict.fromkeys(factors, 0), budget
+        for _, name in sigmas:
+            if factors[name].cost > left:
+                break
+            ranks[name] += 1
+            left -= factors[name].cost
+        if not any(ranks.values()):
+            least = min(f.cost for f in factors.values())
+            raise AdapterError(f"budget is {budget}; the cheapest piece takes {least} parameters")
+        return self._at(spectra, ranks)
+
+    def as_plan(self, scaling: float) -> RankPlan:
+        """The ranks of this adapter's modules as a plan.
+
+        Args:
+            scaling: that of every module of it.
+        """
+        modules = {
+            name: Entry(f.rank, f.a[0].numel(), f.b.shape[0], module=name)
+            for name, f in self.factors().items()
+        }
+        return RankPlan(modules, r=max(e.rank for e in modules.values()), scaling=scaling)
+
+    def _at(
+        self, spectra: Mapping[str, tuple[Tensor, Tensor, Tensor]], ranks: Mapping[str, int]
+    ) -> "Adapter":
+        """This adapter at lower ranks, by the SVD of each module."""
         new, cuts = {}, {}
-        for name, old in factors.items():
+        for name, old in self.factors().items():
             u, s, v = spectra[name]
             b = ranks[name]
+            total = float((s**2).sum())
+            lost = float((s[b:] ** 2).sum()) / total if total > 0 else 0.0
+            cuts[name] = Cut(old.rank, b, lost**0.5)
+            if b == 0:
+                continue
             root = s[:b].sqrt()
             new[name] = Factors(
                 (root[:, None] * v[:b]).view(b, *old.a.shape[1:]).to(old.a.dtype).contiguous(),
                 (u[:, :b] * root).view(len(u), b, *old.b.shape[2:]).to(old.b.dtype).contiguous(),
                 old.scaling,
             )
-            total = float((s**2).sum())
-            lost = float((s[b:] ** 2).sum()) / total if total > 0 else 0.0
-            cuts[name] = Cut(old.rank, b, lost**0.5)
         return self._with(new, cuts)
 
     def _with(self, factors: Mapping[str, Factors], cuts: dict[str, Cut]) -> "Adapter":
-        """This adapter with other factors, and a config that says their ranks and scalings."""
+        """This adapter with other factors, and a config that says their ranks and scalings.
+
+        A module that `factors` lacks is left without an adapter.
+        """
         config = copy.deepcopy(self.config)
         if isinstance(config.get("init_lora_weights"), str):
             # how the factors began, no longer true; PEFT's "orthogonal" would refuse odd ranks
@@ -364,11 +425,16 @@ class Adapter:
             for name, f in factors.items()
         }
         config |= patterns(said)
+        if dropped := set(self.factors()) - set(factors):
+            names = exact_targets(list(factors), set(factors) | dropped)
+            config |= {"target_modules": names, "exclude_modules": None}
         weights = dict(self.weights)
         for key in self.weights:
             if match := _FACTOR.match(key):
-                half = factors[match[1]]
-                weights[key] = half.a if match[3] == "A" else half.b
+                if (half := factors.get(match[1])) is None:
+                    del weights[key]
+                else:
+                    weights[key] = half.a if match[3] == "A" else half.b
         return Adapter(config, weights, None, cuts)
 
     @property
@@ -414,13 +480,26 @@ class Adapter:
             {vars(c)[key] for c in self.cuts.values()} for key in ("rank_before", "rank")
         )
         nested = all(cut.lost is None for cut in self.cuts.values())
-        how = "its first pieces, as DyLoRA trained them" if nested else "by the SVD of its updates"
+        how = "its first pieces, as they were trained" if nested else "by the SVD of its updates"
         return card_header(self.config.get("base_model_name_or_path")) + (
             f"# LoRA adapter of rank {_span(after)}\n\n"
             f"Cut by rankwise out of an adapter of rank {_span(before)}: {how}. It is a stock PEFT "
             f"adapter of {self.parameters:,} LoRA parameters; `truncation.json` has each module's "
             "rank and what it lost.\n"
         )
+
+
+def adapter_folder(path: str | Path, *within: str) -> Path:
+    """The folder of an adapter: the path itself, or a run's folder by these names in it.
+
+    Raises:
+        AdapterError: no adapter in any of them.
+    """
+    for folder in (Path(path), *(Path(path) / name for name in within)):
+        if (folder / CONFIG).is_file():
+            return folder
+    inside = f", nor in its {' or '.join(within)}/" if within else ""
+    raise AdapterError(f"no {CONFIG} in {path}{inside}; give an adapter's folder")
 
 
 def card_header(base: str | None) -> str:
@@ -438,18 +517,13 @@ def _span(ranks: set[int]) -> str:
 
 
 def _first(module: str, old: Factors, plan: RankPlan, ranks: Mapping[str, int]) -> Factors:
-    """The first pieces of each entry of a module, r / b in B."""
-    kept: list[int] = []
-    scale: list[float] = []
-    start = 0
-    for name, entry in plan.modules.items():
-        if entry.module == module:
-            kept += range(start, start + ranks[name])
-            scale += [entry.rank / ranks[name]] * ranks[name]
-            start += entry.rank
-    if start != old.rank:
-        raise PlanError(f"{NESTED} gives {module!r} rank {start}; the weights have {old.rank}")
-    g = torch.tensor(scale, dtype=torch.float64)
+    """The first pieces of each entry of a module, their gate in B."""
+    entries = {name: entry for name, entry in plan.modules.items() if entry.module == module}
+    gate = first_pieces([e.rank for e in entries.values()], [ranks[name] for name in entries])
+    if len(gate) != old.rank:
+        raise PlanError(f"{NESTED} gives {module!r} rank {len(gate)}; the weights have {old.rank}")
+    kept = [j for j, g in enumerate(gate) if g > 0]
+    g = torch.tensor(gate, dtype=torch.float64)[kept]
     b = (old.b[:, kept].double() * _along(g, old.b)).to(old.b.dtype)
     return Factors(old.a[kept].clone(), b, old.scaling)
 
@@ -491,33 +565,21 @@ def _ranks(
         higher = {name: min(b, len(s)) for name, s in spectra.items()}
         if sum(higher[name] * f.cost for name, f in factors.items()) <= budget:
             single = higher
-    gains = {name: (factors[name].scaling * s) ** 2 for name, s in spectra.items()}
-    starts = (dict.fromkeys(factors, 1), single)
-    return max(
-        (_filled(start, factors, gains, budget) for start in starts),
-        key=lambda ranks: sum(float(gains[name][:b].sum()) for name, b in ranks.items()),
+    lost = {name: _lost(factors[name].scaling * s) for name, s in spectra.items()}
+    costs = {name: f.cost for name, f in factors.items()}
+    return min(
+        (
+            within_budget(lost, costs, budget, start)
+            for start in (dict.fromkeys(factors, 1), single)
+        ),
+        key=lambda ranks: sum(lost[name][b] for name, b in ranks.items()),
     )
 
 
-def _filled(
-    start: Mapping[str, int],
-    factors: Mapping[str, Factors],
-    gains: Mapping[str, Tensor],
-    budget: int,
-) -> dict[str, int]:
-    """Ranks from `start` up, the piece that gains most per parameter first, while they fit."""
-    ranks = dict(start)
-    left = budget - sum(b * factors[name].cost for name, b in ranks.items())
-    pieces = [
-        (-float(gain) / factors[name].cost, name)
-        for name, of_module in gains.items()
-        for gain in of_module[ranks[name] :]
-    ]
-    for _, name in sorted(pieces, key=lambda piece: piece[0]):
-        if factors[name].cost <= left:
-            ranks[name] += 1
-            left -= factors[name].cost
-    return ranks
+def _lost(s: Tensor) -> dict[int, float]:
+    """By rank, the squared singular values that are cut off."""
+    kept = torch.cumsum(s**2, 0)
+    return {b: float(kept[-1] - kept[b - 1]) for b in range(1, len(s) + 1)}
 
 
 def _enough(s: Tensor, energy: float) -> int:

@@ -1,6 +1,6 @@
 """The two-level loop, in which factors and head learn on D_tr and gates on D_val, as a Trainer.
 
-One optimizer step (AutoLoRA, arXiv 2403.09113, Algorithm 1):
+One optimizer step (arXiv 2403.09113, algorithm 1):
 
 1. forward and backward of the training batch at (θ, β): Trainer's own pass, which leaves
    ∇_θ L_train for the parameters' step and ∇_β L_train for the finite difference;
@@ -11,7 +11,7 @@ One optimizer step (AutoLoRA, arXiv 2403.09113, Algorithm 1):
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,8 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import TrainingArguments
 
 from rankwise.gate import LearnedGate, gate_values
-from rankwise.hypergrad import RADIUS, RADIUS_BF16, TrainGradient, hypergradient
-from rankwise.methods import AutoLoRA
+from rankwise.hypergrad import RADIUS, RADIUS_BF16, Estimator, TrainGradient, hypergradient
 from rankwise.trainer import GatedTrainer
 
 
@@ -34,6 +33,30 @@ class MicroBatch:
     inputs: dict[str, Any]
     num_items: Any
     rng: tuple[Tensor, Tensor | None]
+
+
+class LearnsGates(Protocol):
+    """What a SearchTrainer asks of a method."""
+
+    @property
+    def estimator(self) -> Estimator: ...
+
+    @property
+    def gate_learning_rate(self) -> float: ...
+
+    @property
+    def gate_weight_decay(self) -> float: ...
+
+    @property
+    def lookahead(self) -> float | None: ...
+
+    @property
+    def radius(self) -> float | None: ...
+
+    @property
+    def two_sided(self) -> bool: ...
+
+    def kept(self, alpha: list[float]) -> list[int]: ...
 
 
 class SearchTrainer(GatedTrainer):
@@ -55,9 +78,9 @@ class SearchTrainer(GatedTrainer):
         args: TrainingArguments,
         *,
         gated: Mapping[str, LearnedGate],
-        method: AutoLoRA,
+        method: LearnsGates,
         validation_dataset: Any,
-        configuration: dict[str, Any],
+        configuration: Mapping[str, Any],
         **trainer: Any,
     ):
         super().__init__(model, args, configuration=configuration, **trainer)
@@ -87,8 +110,8 @@ class SearchTrainer(GatedTrainer):
         optimizer.add_param_group(
             {
                 "params": self.betas,
-                "lr": self.method.learning_rate,
-                "weight_decay": self.method.weight_decay,
+                "lr": self.method.gate_learning_rate,
+                "weight_decay": self.method.gate_weight_decay,
             }
         )
         return optimizer
@@ -166,7 +189,8 @@ class SearchTrainer(GatedTrainer):
         n = len(self.validation_dataset)
         batches = []
         for i in range(count):
-            # the last step of an epoch may have fewer batches; the count before it must not change
+            # numbered as if every step had all its micro-batches: the last step of an epoch may
+            # have fewer, and the batches of the steps after it do not depend on how many
             number = self.state.global_step * self.args.gradient_accumulation_steps + i
             first = (number * world + rank) * size
             rows = [self._order_of(p // n)[p % n] for p in range(first, first + min(size, n))]

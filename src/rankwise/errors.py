@@ -21,6 +21,10 @@ class AdapterError(RankwiseError):
     """An adapter on disk is damaged, of a kind that cannot be truncated, or lacks the rank."""
 
 
+class ResultError(RankwiseError):
+    """A result file is damaged, or of another schema."""
+
+
 class CheckpointError(RankwiseError):
     """A checkpoint is missing, incomplete, or belongs to another run."""
 

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from rankwise.errors import PlanError
 from rankwise.lora import b_slot, b_weight, by_module, layers_of, part_mask, shrink, write_ranks
-from rankwise.plan import RankPlan
+from rankwise.plan import RankPlan, first_pieces
 
 AnyGate = TypeVar("AnyGate", bound="Gate")
 
@@ -94,11 +94,7 @@ class NestedGate(Gate):
 
     def keep(self, ranks: Mapping[str, int]) -> None:
         """Keeps the first `ranks[name]` pieces of each entry of this layer."""
-        parts = []
-        for name, size in zip(self.names, self.sizes, strict=True):
-            b = ranks[name]
-            parts.append(torch.cat([torch.full((b,), size / b), torch.zeros(size - b)]))
-        self.g.copy_(torch.cat(parts))
+        self.g.copy_(torch.tensor(first_pieces(self.sizes, [ranks[name] for name in self.names])))
 
 
 def attach(
@@ -128,7 +124,7 @@ def attach(
         beta = torch.full((sum(sizes),), initial, device=device)
         return LearnedGate(names, sizes, mask, beta, activation)
 
-    return _attach(model, plan, gate)
+    return attach_gates(model, plan, gate)
 
 
 def attach_nested(model: PeftModel, plan: RankPlan) -> dict[str, NestedGate]:
@@ -141,10 +137,22 @@ def attach_nested(model: PeftModel, plan: RankPlan) -> dict[str, NestedGate]:
     Returns:
         The gates by module name, in the plan's order, for `keep_first`.
     """
-    return _attach(model, plan, NestedGate)
+    return attach_gates(model, plan, NestedGate)
 
 
-def _attach(model: PeftModel, plan: RankPlan, gate: Callable[..., AnyGate]) -> dict[str, AnyGate]:
+def attach_gates(
+    model: PeftModel, plan: RankPlan, gate: Callable[..., AnyGate]
+) -> dict[str, AnyGate]:
+    """Puts a gate of any kind on every adapted layer.
+
+    Args:
+        model: PEFT model at the plan's ranks.
+        plan: says which entries share a layer, and their sizes.
+        gate: makes one from (names, sizes, mask, device), see `Gate`.
+
+    Returns:
+        The gates by module name, in the plan's order.
+    """
     layers = layers_of(model)
     gates = {}
     for name, entries in by_module(plan).items():

@@ -9,16 +9,17 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
-from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from transformers import Trainer
 from transformers.pytorch_utils import Conv1D
 
 from rankwise.errors import ModelError, PlanError
@@ -237,6 +238,25 @@ def write_ranks(model: PeftModel) -> None:
         setattr(model.peft_config[ADAPTER], key, value)
 
 
+def drop(model: PeftModel, plan: RankPlan) -> None:
+    """Takes away the adapters of the modules that a plan leaves at rank 0, gates and all.
+
+    The model's LoraConfig no longer targets them, so that the saved adapter loads as it is.
+
+    Args:
+        model: PEFT model built at ranks above 0.
+        plan: of the same modules; one of them at least keeps a rank.
+
+    Raises:
+        PlanError: no module keeps a rank.
+    """
+    config = model.peft_config[ADAPTER]
+    config.target_modules = plan.lora_config().target_modules
+    for name, layer in layers_of(model).items():
+        if name not in plan.module_ranks():
+            _put(model.get_base_model(), name, layer.get_base_layer())
+
+
 def realised(
     model: PeftModel, adapter_name: str = ADAPTER
 ) -> dict[str, tuple[int, float, tuple[int, int] | None]]:
@@ -260,13 +280,15 @@ def adapted(model: nn.Module, plan: RankPlan, **lora: Any) -> Iterator[PeftModel
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Whatever PEFT puts on a base model within a block is gone after it.
+    """Whatever is put on a base model within a block is gone after it.
 
-    PEFT's own `unload` leaves the trained task head in place and everything frozen: the original
-    head and the `requires_grad` flags are put back, and checkpointing that a Trainer switched on
-    for the block is switched off.
+    PEFT's own `unload` leaves the trained task head in place and everything frozen: here every
+    module that was replaced is put back, the head among them, and the `requires_grad` flags;
+    checkpointing that a Trainer switched on for the block is switched off. Parameters that the
+    block trains in place are not restored.
     """
     checkpointing = _checkpointing(model)
+    modules = dict(model.named_modules())
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     training = model.training
     config = getattr(model, "config", None)
@@ -274,11 +296,9 @@ def restored(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, ModulesToSaveWrapper):
-                _put(model, name, module.original_module)
-            elif isinstance(module, LoraLayer):
-                _put(model, name, module.get_base_layer())
+        for name, module in modules.items():  # a parent before its children
+            if name and model.get_submodule(name) is not module:
+                _put(model, name, module)
         for name, p in model.named_parameters():
             p.requires_grad_(flags[name])
         if not checkpointing and _checkpointing(model):
@@ -293,6 +313,14 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
     """Sets the submodule of this dotted name."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
+
+
+def swap_adapter(trainer: Trainer, folder: str | Path) -> None:
+    """Puts the adapter in a folder in place of the one that a trainer's model carries."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    base = model.unload()
+    new = PeftModel.from_pretrained(base, str(folder)).to(trainer.args.device)
+    trainer.model = trainer.model_wrapped = new
 
 
 def _checkpointing(model: nn.Module) -> bool:

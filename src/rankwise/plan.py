@@ -4,9 +4,10 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from heapq import heapify, heappop, heappush
 from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,15 +126,20 @@ class RankPlan:
         return like.with_ranks(dict.fromkeys(like.modules, rank), method="uniform", r=rank)
 
     @classmethod
-    def random(cls, like: "RankPlan", seed: int) -> "RankPlan":
+    def random(cls, like: "RankPlan", seed: int, budget: int | None = None) -> "RankPlan":
         """A plan drawn uniformly from all plans of the same modules and the same parameter count.
 
-        Ranks run from 1 (0 for an entry that `like` leaves at 0) to `like.r`. The second
-        control: a learned plan that does not beat random ones has learned nothing about ranks.
+        Ranks run from 1 (0 for an entry that `like` leaves at 0) to `like.r`; from 0 where the
+        budget is below rank 1 everywhere. The second control: a learned plan that does not beat
+        random ones has learned nothing about ranks.
 
         Args:
-            like: the plan whose modules, budget and largest rank are taken.
+            like: the plan whose modules and largest rank are taken.
             seed: of numpy's generator.
+            budget: parameters of the drawn plan; None is those of `like`.
+
+        Raises:
+            PlanError: no plan has exactly so many parameters.
 
         Example:
             >>> RankPlan.random(like=plan, seed=0).parameters == plan.parameters
@@ -142,12 +148,14 @@ class RankPlan:
         used = {name: entry for name, entry in like.modules.items() if entry.rank > 0}
         if not used:
             raise PlanError("every rank of the plan is 0; there is nothing to draw")
-        r = max(like.r, *like.ranks.values())  # a plan edited by hand may exceed its k
+        budget = like.parameters if budget is None else budget
+        r = max(like.r, *like.ranks.values())  # a plan edited by hand may exceed its largest rank
         most = [min(r, e.in_features, e.out_features) for e in used.values()]
         costs = [entry.cost for entry in used.values()]
+        least = 1 if budget >= sum(costs) else 0
         import numpy as np
 
-        drawn = _random_ranks(costs, most, like.parameters, np.random.default_rng(seed))
+        drawn = _random_ranks(costs, most, budget, np.random.default_rng(seed), least)
         ranks = dict.fromkeys(like.modules, 0) | dict(zip(used, drawn, strict=True))
         source = like.provenance.get("method")
         return like.with_ranks(ranks, method="random", seed=seed, like=source)
@@ -178,7 +186,7 @@ class RankPlan:
 
         layers = {name: (r, tidy(self.scaling * r)) for name, r in ranks.items()}
         return LoraConfig(
-            target_modules=_targets(list(ranks), {e.module for e in self.modules.values()}),
+            target_modules=exact_targets(list(ranks), {e.module for e in self.modules.values()}),
             **patterns(layers),
             **kwargs,
         )
@@ -320,7 +328,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _targets(names: list[str], known: set[str]) -> list[str] | str:
+def exact_targets(names: list[str], known: set[str]) -> list[str] | str:
     """PEFT takes each name as an ending; where one ends another's, a regex of whole names."""
     if any(f".{other}".endswith(f".{name}") and name != other for name in names for other in known):
         return "|".join(re.escape(name) for name in names)
@@ -353,49 +361,134 @@ def patterns(layers: Mapping[str, tuple[int, int | float]]) -> dict[str, Any]:
     }
 
 
+def within_budget(
+    losses: Mapping[str, Mapping[int, float]],
+    costs: Mapping[str, int],
+    budget: int,
+    start: Mapping[str, int],
+) -> dict[str, int]:
+    """Ranks from `start` up: always the step that lowers the loss most per parameter and fits.
+
+    A step may raise a rank by several at once: the best average over the step counts, so that a
+    piece of no use does not stop the search before a useful one that comes after it.
+
+    Args:
+        losses: by module and rank, the loss with that module alone at that rank. Losses of
+            different modules are taken to add up.
+        costs: parameters of one rank-1 piece, by module.
+        budget: parameters in all.
+        start: ranks to begin at; they have to fit.
+
+    Returns:
+        Ranks by module, at least those of `start`.
+
+    Example:
+        >>> within_budget({"a": {1: 3.0, 2: 1.0}, "b": {1: 3.0, 2: 2.5}}, {"a": 8, "b": 8}, 24,
+        ...               {"a": 1, "b": 1})
+        {'a': 2, 'b': 1}
+    """
+    ranks = dict(start)
+    left = budget - sum(rank * costs[name] for name, rank in ranks.items())
+    place = {name: i for i, name in enumerate(ranks)}
+
+    def best(name: str) -> tuple[float, int, int, str] | None:
+        """The step of one module that gains most: (-gain per parameter, place, rank, name)."""
+        here = ranks[name]
+        steps = [
+            (-(losses[name][here] - loss) / ((rank - here) * costs[name]), place[name], rank, name)
+            for rank, loss in losses[name].items()
+            if rank > here and (rank - here) * costs[name] <= left
+        ]
+        return min(steps, default=None)
+
+    steps = [step for name in ranks if (step := best(name)) is not None]
+    heapify(steps)
+    while steps:
+        step = heappop(steps)
+        name, rank = step[3], step[2]
+        if (now := best(name)) != step:  # it no longer fits; what fits gains less
+            if now is not None:
+                heappush(steps, now)
+            continue
+        if step[0] >= 0:
+            break
+        left -= (rank - ranks[name]) * costs[name]
+        ranks[name] = rank
+        if (following := best(name)) is not None:
+            heappush(steps, following)
+    return ranks
+
+
+def first_pieces(sizes: Sequence[int], ranks: Sequence[int]) -> list[float]:
+    """The gate that keeps the first pieces of each entry of a layer.
+
+    With size / rank on the pieces that stay, LoRA's scale alpha / size becomes alpha / rank.
+
+    Args:
+        sizes: pieces of each entry, in their order on the rank axis.
+        ranks: how many of each stay, at least 1.
+
+    Example:
+        >>> first_pieces([4, 2], [2, 2])
+        [2.0, 2.0, 0.0, 0.0, 1.0, 1.0]
+    """
+    return [
+        size / rank if j < rank else 0.0
+        for size, rank in zip(sizes, ranks, strict=True)
+        for j in range(size)
+    ]
+
+
 def _random_ranks(
-    costs: list[int], most: list[int], budget: int, rng: "np.random.Generator"
+    costs: list[int],
+    most: list[int],
+    budget: int,
+    rng: "np.random.Generator",
+    least: int = 1,
 ) -> list[int]:
-    """Ranks in [1, most], Σ rank x cost = budget, uniform over all such lists.
+    """Ranks in [least, most], Σ rank x cost = budget, uniform over all such lists.
 
     likely[i][b] is the probability that modules from i on cost b in all if each rank is drawn
-    alone, with weights exp(-tilt x rank x cost). Given the sum, that is uniform whatever the tilt;
-    the tilt that makes the budget the expected cost keeps the numbers far from underflow.
+    alone, with weights exp(-tilt x rank x cost). All lists of one cost have the same weight, so
+    among them the draw is uniform for every tilt. The tilt is chosen so that the expected cost is
+    the budget, which keeps the probabilities far from underflow.
     """
     import numpy as np
 
     unit = reduce(gcd, costs)
     steps = np.array([cost // unit for cost in costs])
     total = budget // unit
-    tilt = _tilt(steps, most, total)
-    weights = [_weights(step, top, tilt) for step, top in zip(steps, most, strict=True)]
+    tilt = _tilt(steps, most, total, least)
+    weights = [_weights(step, top, tilt, least) for step, top in zip(steps, most, strict=True)]
     likely = [np.zeros(total + 1) for _ in range(len(steps) + 1)]
     likely[-1][0] = 1.0
     for i in range(len(steps) - 1, -1, -1):
-        for r, weight in enumerate(weights[i], 1):
+        for r, weight in enumerate(weights[i], least):
             if (spent := r * steps[i]) <= total:
                 likely[i][spent:] += weight * likely[i + 1][: total + 1 - spent]
     ranks = []
     for i, step in enumerate(steps):
         after = [
             likely[i + 1][total - r * step] if r * step <= total else 0.0
-            for r in range(1, most[i] + 1)
+            for r in range(least, most[i] + 1)
         ]
         p = weights[i] * after
-        ranks.append(int(rng.choice(most[i], p=p / p.sum())) + 1)
+        if p.sum() == 0:
+            raise PlanError(f"no plan of these modules has exactly {budget:,} parameters")
+        ranks.append(int(rng.choice(len(p), p=p / p.sum())) + least)
         total -= ranks[-1] * step
     return ranks
 
 
-def _weights(step: int, most: int, tilt: float) -> "np.ndarray":
+def _weights(step: int, most: int, tilt: float, least: int) -> "np.ndarray":
     import numpy as np
 
-    exponents = -tilt * step * np.arange(1, most + 1)
+    exponents = -tilt * step * np.arange(least, most + 1)
     weights = np.exp(exponents - exponents.max())
     return weights / weights.sum()
 
 
-def _tilt(steps: "np.ndarray", most: list[int], total: int) -> float:
+def _tilt(steps: "np.ndarray", most: list[int], total: int, least: int) -> float:
     """The tilt at which the expected cost is the budget, by bisection."""
     import numpy as np
 
@@ -404,7 +497,7 @@ def _tilt(steps: "np.ndarray", most: list[int], total: int) -> float:
     for _ in range(40):
         tilt = (low + high) / 2
         cost = sum(
-            count * step * float(_weights(step, top, tilt) @ np.arange(1, top + 1))
+            count * step * float(_weights(step, top, tilt, least) @ np.arange(least, top + 1))
             for (step, top), count in kinds.items()
         )
         low, high = (tilt, high) if cost > total else (low, tilt)

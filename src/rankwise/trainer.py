@@ -1,20 +1,27 @@
 """A Trainer that stops at a bad loss; arguments, checkpoints and resuming, which all share."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
 
-from rankwise.errors import CheckpointError, DivergedError
+from rankwise.errors import CheckpointError, DivergedError, RankwiseError
 from rankwise.files import write_json
+
+FEW_BATCHES = 8  # too few for the standard error of a mean over batches
+
+logger = logging.get_logger(__name__)
 
 TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -27,11 +34,28 @@ TASK_TYPES = {
 
 
 class FiniteTrainer(Trainer):
-    """A Trainer that stops at the first NaN or infinite loss, before it reaches the parameters."""
+    """A Trainer that stops at the first NaN or infinite loss, before it reaches the parameters.
 
-    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any):
-        super().__init__(model, *args, **kwargs)
+    Args:
+        model: what is trained.
+        args: TrainingArguments.
+        configuration: what a checkpoint has to agree with to be resumed, written into each; None
+            writes nothing and resumes any.
+        **trainer: of transformers.Trainer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        configuration: Mapping[str, Any] | None = None,
+        **trainer: Any,
+    ):
+        super().__init__(model, args, **trainer)
+        self.configuration = configuration
         self._good: str | None = None  # the last checkpoint of this run
+        self._batch_losses: list[Tensor] = []
         # Trainer takes `**kwargs` in a model's forward as a promise to divide the loss by
         # num_items_in_batch. Language models do; the other heads ignore it, and the loss of a step
         # would be the sum over its micro-batches instead of their mean.
@@ -61,11 +85,46 @@ class FiniteTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         self._good = f"{self.args.output_dir}/checkpoint-{self.state.global_step}"
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        self._write_configuration(Path(output_dir or str(self.args.output_dir)))
+
+    def _write_configuration(self, folder: Path) -> None:
+        if self.configuration is not None and self.args.should_save:
+            write_json(folder / "search.json", dict(self.configuration))
+
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         self._good = resume_from_checkpoint
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        self._batch_losses.clear()
+        return super().evaluation_loop(*args, **kwargs)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        loss, logits, labels = super().prediction_step(*args, **kwargs)
+        if loss is not None:
+            self._batch_losses.append(loss.detach().float().mean())
+        return loss, logits, labels
+
+    def batch_losses(self) -> np.ndarray:
+        """The mean loss of each batch of the last evaluation, over all processes."""
+        losses = self.accelerator.gather(torch.stack(self._batch_losses).to(self.args.device))
+        if len(losses) < FEW_BATCHES:
+            logger.warning_once(
+                f"the standard error of the loss comes from {len(losses)} evaluation batches; "
+                "lower per_device_eval_batch_size, or give compute_metrics"
+            )
+        return losses.cpu().double().numpy()
+
+    def measure(self, dataset: Any, loss_only: bool = False) -> EvalLoopOutput:
+        """Evaluates the model as it stands; without predictions where the loss is all there is."""
+        loader = self.get_test_dataloader(dataset)
+        return self.evaluation_loop(
+            loader, "Evaluation", prediction_loss_only=loss_only, metric_key_prefix="eval"
+        )
 
     def stop_unless_finite_parameters(self) -> None:
         """Raises DivergedError where a finite loss had a gradient that was not."""
@@ -78,25 +137,7 @@ class FiniteTrainer(Trainer):
 
 
 class GatedTrainer(FiniteTrainer):
-    """Trains a model with gates attached; its checkpoints hold what a gated run needs to go on.
-
-    Args:
-        model: PEFT model with gates attached.
-        args: TrainingArguments.
-        configuration: what a checkpoint has to agree with to be resumed.
-        **trainer: of transformers.Trainer.
-    """
-
-    def __init__(
-        self,
-        model: PeftModel,
-        args: TrainingArguments,
-        *,
-        configuration: dict[str, Any],
-        **trainer: Any,
-    ):
-        super().__init__(model, args, **trainer)
-        self.configuration = configuration
+    """Trains a model with gates attached; its checkpoints hold what a gated run needs to go on."""
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Trainable tensors, raw, and what they belong to."""
@@ -106,7 +147,7 @@ class GatedTrainer(FiniteTrainer):
         folder.mkdir(parents=True, exist_ok=True)
         trainable = {n: p.detach().contiguous() for n, p in _trainable(self.model)}
         save_file(trainable, folder / "search.safetensors")
-        write_json(folder / "search.json", self.configuration)
+        self._write_configuration(folder)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -133,6 +174,21 @@ def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
+def run_training(trainer: Trainer, resume_from_checkpoint: str | bool | None) -> None:
+    """Starts a trainer, from a checkpoint where one is asked for.
+
+    Args:
+        trainer: what a method's `trainer` slot made.
+        resume_from_checkpoint: a folder, True for the last complete one, None for a fresh start.
+
+    Raises:
+        CheckpointError: nothing there, or a checkpoint of another configuration.
+    """
+    configuration = getattr(trainer, "configuration", None)
+    found = find_checkpoint(str(trainer.args.output_dir), resume_from_checkpoint, configuration)
+    trainer.train(resume_from_checkpoint=found)
+
+
 def last_checkpoint(folder: str | Path) -> Path | None:
     """The newest complete checkpoint in a folder. A run killed while saving leaves half of one."""
     found = []
@@ -149,7 +205,7 @@ def last_checkpoint(folder: str | Path) -> Path | None:
 def find_checkpoint(
     output_dir: str | Path,
     resume_from_checkpoint: str | bool | None,
-    configuration: dict[str, Any] | None = None,
+    configuration: Mapping[str, Any] | None = None,
 ) -> str | None:
     """The checkpoint to resume from, checked against the configuration that would resume it.
 
@@ -178,7 +234,7 @@ def find_checkpoint(
             saved = json.loads((path / "search.json").read_text())
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} is not a checkpoint of a search: {error}") from error
-        _same_configuration(path, saved, json.loads(json.dumps(configuration)))
+        _same_configuration(path, saved, json.loads(json.dumps(dict(configuration))))
     return str(path)
 
 
@@ -191,7 +247,7 @@ def _same_configuration(path: Path, saved: dict[str, Any], current: dict[str, An
             inner = next(k for k in sorted(set(was) | set(now)) if was.get(k) != now.get(k))
             key, was, now = f"{key}.{inner}", was.get(inner), now.get(inner)
         raise CheckpointError(
-            f"{path} belongs to another search: {key} was {was!r} and is now {now!r}; start "
+            f"{path} belongs to another run: {key} was {was!r} and is now {now!r}; start "
             "afresh, or resume with the old settings"
         )
 
@@ -205,6 +261,28 @@ def default_arguments(scratch: str) -> TrainingArguments:
         save_strategy="no",
         report_to="none",
     )
+
+
+def gated_arguments(args: TrainingArguments) -> TrainingArguments:
+    """The user's arguments, for a training with gates; refused where gates would be lost.
+
+    Raises:
+        RankwiseError: several GPUs in one process, sharded parameters, a batch size that is found
+            by starting over.
+    """
+    if args.n_gpu > 1:
+        raise RankwiseError(
+            f"{args.n_gpu} GPUs in one process; use `accelerate launch`, or CUDA_VISIBLE_DEVICES=0"
+        )
+    if args.fsdp or args.deepspeed:
+        raise RankwiseError("a search shards no parameters; run it without fsdp and deepspeed")
+    if args.auto_find_batch_size:
+        raise RankwiseError("auto_find_batch_size starts a search over half-way; give a batch size")
+    if not args.gradient_checkpointing:
+        return replaced(args)
+    # reentrant checkpointing refuses autograd.grad
+    kwargs = args.gradient_checkpointing_kwargs or {}
+    return replaced(args, gradient_checkpointing_kwargs=kwargs | {"use_reentrant": False})
 
 
 def labelled(args: TrainingArguments) -> TrainingArguments:

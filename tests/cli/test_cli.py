@@ -4,16 +4,19 @@ import csv
 import json
 import math
 import shutil
+import subprocess
+import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 from safetensors.torch import load_file
 
-from rankwise import RankPlan, RankwiseError, training
+from rankwise import METHODS, RankPlan, RankwiseError, Result, job, tasks, workspace
 from rankwise.bilevel import SearchTrainer
-from rankwise.cli import arguments, main, stages
-from rankwise.cli import train as train_command
+from rankwise.cli import arguments, main, show
+from rankwise.cli.job import parse_job
 from rankwise.lora import check
 from rankwise.trainer import FiniteTrainer
 
@@ -38,7 +41,7 @@ def base(tiny_bert, rows_dir) -> list[str]:
 def finished(base, tmp_path_factory) -> Path:
     """The folder of a run with both controls, never stopped."""
     folder = tmp_path_factory.mktemp("finished") / "out"
-    main(["run", *base, "--control", "uniform", "random", "--output_dir", str(folder)])
+    main(["run", *base, "--control", "lora", "random", "--output_dir", str(folder)])
     return folder
 
 
@@ -46,12 +49,19 @@ def finished(base, tmp_path_factory) -> Path:
 def trained(base, tmp_path_factory) -> Path:
     """The folder of `train --r 2`."""
     folder = tmp_path_factory.mktemp("trained") / "out"
-    main(["train", *for_train(base), "--r", "2", "--output_dir", str(folder)])
+    flags = ["--r", "2", "--target_modules", "query", "value"]
+    main(["train", *for_train(base), *flags, "--output_dir", str(folder)])
     return folder
 
 
 def metrics_of(folder: Path) -> dict:
     return json.loads((folder / "metrics.json").read_text())
+
+
+def evaluated(folder: Path) -> dict:
+    """What `rankwise evaluate` has to print of a run."""
+    found = metrics_of(folder)
+    return {"split": found["split"], "rows": found["rows"]["evaluated"], **found["metrics"]}
 
 
 def json_of(plan: Path) -> dict:
@@ -93,8 +103,8 @@ def test_run_writes_everything_and_leaves_nothing_else(finished):
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
         "adapter/task.json",
+        "controls/lora.json",
         "controls/random.json",
-        "controls/uniform.json",
         "metrics.json",
         "plan.json",
         "ranks.png",
@@ -106,30 +116,36 @@ def test_metrics_of_a_run(finished):
     found = metrics_of(finished)
     plan = RankPlan.load(finished / "plan.json")
     head = 32 * 2 + 2
-    assert found["command"] == "run"
-    assert found["search_seconds"] > 0
-    assert found["train_seconds"] > 0
+    assert Result.load(finished / "metrics.json").to_dict() == found
+    assert found["about"]["command"] == "run"
+    assert found["cost"]["search_seconds"] > 0
+    assert found["cost"]["train_seconds"] > 0
+    assert found["ranks"] == plan.ranks
     assert found["lora_parameters"] == plan.parameters
     assert found["trainable_parameters"] == plan.parameters + head
-    assert found["steps"] == 4
-    assert (found["eval"]["split"], found["eval"]["rows"]) == ("test", 12)
-    assert 0 <= found["eval"]["accuracy"] <= 1
-    assert math.isfinite(found["eval"]["loss"])
-    for key in ("control", "random_control"):
-        control = found[key]
-        assert control["search_seconds"] == 0
-        assert control["train_seconds"] > 0
-        assert control["steps"] == found["steps"]
-        assert control["eval"].keys() == found["eval"].keys()
-        assert control["eval"]["rows"] == found["eval"]["rows"]
-    assert found["control"]["name"].startswith("uniform r=")
-    assert found["random_control"]["trainable_parameters"] == found["trainable_parameters"]
+    assert found["cost"]["steps"] == 4
+    assert (found["split"], found["rows"]["evaluated"]) == ("test", 12)
+    assert (found["rows"]["train"], found["rows"]["held_out"]) == (36, 18)
+    assert 0 <= found["metrics"]["accuracy"] <= 1
+    assert math.isfinite(found["metrics"]["loss"])
+    for control in found["controls"]:
+        assert control["cost"]["search_seconds"] == 0
+        assert control["cost"]["train_seconds"] > 0
+        assert control["cost"]["steps"] == found["cost"]["steps"]
+        assert control["metrics"].keys() == found["metrics"].keys()
+        assert control["rows"] == found["rows"] | {"held_out": 0}
+        assert control["split"] == found["split"]
+    uniform, random = found["controls"]
+    assert uniform["name"].startswith("LoRA r=")
+    assert random["name"] == "random plan"
+    assert random["trainable_parameters"] == found["trainable_parameters"]
+    assert f"{uniform['name']} " in found["verdict"] and "random plan " in found["verdict"]
 
 
 def test_plans_of_a_run(finished):
     plan, uniform, random = (
         RankPlan.load(finished / name)
-        for name in ("plan.json", "controls/uniform.json", "controls/random.json")
+        for name in ("plan.json", "controls/lora.json", "controls/random.json")
     )
     assert all(1 <= r <= 4 for r in plan.ranks.values())
     assert all(len(entry.gate) == 4 for entry in plan.modules.values())
@@ -149,7 +165,7 @@ def test_the_adapter_of_a_run_is_stock_peft(finished, bert):
     check(model, RankPlan.load(finished / "plan.json"))
     card = (finished / "adapter" / "README.md").read_text()
     assert "| layer | query | value |" in card
-    assert f"{metrics_of(finished)['eval']['accuracy']:.4f}" in card
+    assert f"{metrics_of(finished)['metrics']['accuracy']:.4f}" in card
     assert str(finished.parent) not in card
 
 
@@ -166,22 +182,34 @@ def test_search_train_evaluate_give_what_run_gave(finished, base, tmp_path, caps
     assert json_of(tmp_path / "s" / "plan.json") == json_of(finished / "plan.json")
     assert names(tmp_path / "s") == ["metrics.json", "plan.json", "ranks.png"]
     assert metrics_of(tmp_path / "s")["search_seconds"] > 0
+    assert metrics_of(tmp_path / "s")["ranks"] == metrics_of(finished)["ranks"]
     plan = str(tmp_path / "s" / "plan.json")
     main(["train", *for_train(base), "--plan", plan, "--output_dir", str(tmp_path / "t")])
     assert same_tensors(tmp_path / "t", finished)
-    assert metrics_of(tmp_path / "t")["eval"] == metrics_of(finished)["eval"]
+    assert metrics_of(tmp_path / "t")["metrics"] == metrics_of(finished)["metrics"]
     data = base[base.index("--data_dir") + 1]
     capsys.readouterr()
     main(["evaluate", "--adapter", str(tmp_path / "t"), "--data_dir", data, "--use_cpu"])
-    assert json.loads(capsys.readouterr().out) == metrics_of(tmp_path / "t")["eval"]
+    assert json.loads(capsys.readouterr().out) == evaluated(tmp_path / "t")
+
+
+def test_a_plan_that_is_trained_keeps_saying_where_it_comes_from(finished, base, tmp_path):
+    plan, out = tmp_path / "plan.json", tmp_path / "out"
+    shutil.copy(finished / "plan.json", plan)
+    argv = ["train", *for_train(base), "--max_steps", "1", "--plan", str(plan)]
+    main([*argv, "--output_dir", str(out)])
+    assert json_of(out / "plan.json") == json_of(plan)
+    assert "AutoLoRA (softmax gate)" in (out / "adapter" / "README.md").read_text()
+    for name in ("plan.json", "metrics.json", "adapter/README.md", "adapter/task.json"):
+        assert str(tmp_path) not in (out / name).read_text()
 
 
 def test_train_at_one_rank(trained):
     assert set(RankPlan.load(trained / "plan.json").ranks.values()) == {2}
     found = metrics_of(trained)
-    assert found["command"] == "train"
+    assert found["about"]["command"] == "train"
     assert found["lora_parameters"] == 4 * 64 * 2
-    assert found["search_seconds"] == 0
+    assert found["cost"]["search_seconds"] == 0
     config = json.loads((trained / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (2, 4, {})
     assert [path.name for path in trained.parent.iterdir()] == ["out"]
@@ -233,7 +261,7 @@ def test_evaluate_cuts_rows_where_training_did(base, tiny_bert, tmp_path, capsys
     main(["train", *flags, *FAST, "--max_length", "160", "--output_dir", str(out)])
     capsys.readouterr()
     main(["evaluate", *flags, "--adapter", str(out), "--use_cpu"])
-    assert json.loads(capsys.readouterr().out) == metrics_of(out)["eval"]
+    assert json.loads(capsys.readouterr().out) == evaluated(out)
 
 
 @pytest.mark.parametrize(
@@ -257,10 +285,10 @@ def test_other_kinds_of_task(base, tiny_bert, tmp_path, kind, metric):
     flags = ["--model_name_or_path", tiny_bert, "--train_file", str(path), *FAST]
     main(["run", *flags, "--control", "none", "--output_dir", str(out)])
     found = metrics_of(out)
-    assert metric in found["eval"]
-    assert found["eval"]["rows"] == 2  # a tenth of train, held out
-    assert found["train_rows"] == 22
-    assert "control" not in found
+    assert metric in found["metrics"]
+    assert found["rows"]["evaluated"] == 2  # a tenth of train, held out
+    assert found["rows"]["train"] == 22
+    assert found["controls"] == []
 
 
 def test_columns_and_limits_of_a_csv(tiny_bert, tmp_path):
@@ -277,8 +305,8 @@ def test_columns_and_limits_of_a_csv(tiny_bert, tmp_path):
     argv += ["--max_train_samples", "20", "--max_eval_samples", "2", "--output_dir", str(out)]
     main(argv)
     assert metrics_of(out)["task"]["label_names"] == ["jä", "nein"]
-    assert metrics_of(out)["train_rows"] == 20
-    assert metrics_of(out)["eval"]["rows"] == 2
+    assert metrics_of(out)["rows"]["train"] == 20
+    assert metrics_of(out)["rows"]["evaluated"] == 2
     assert (out / "adapter" / "README.md").is_file()
 
 
@@ -288,18 +316,18 @@ def test_a_csv_cell_of_any_length(tiny_bert, tmp_path):
     argv = ["train", "--model_name_or_path", tiny_bert, *FAST, "--max_steps", "1"]
     argv += ["--train_file", str(tmp_path / "rows.csv"), "--output_dir", str(tmp_path / "out")]
     main(argv)
-    assert metrics_of(tmp_path / "out")["train_rows"] == 5
+    assert metrics_of(tmp_path / "out")["rows"]["train"] == 5
 
 
 def test_any_field_of_training_arguments(base, tmp_path, monkeypatch):
     seen = []
-    real = training.train
+    real = job.run_training
 
-    def train(*args, **kwargs):
-        seen.append(kwargs["args"])
-        return real(*args, **kwargs)
+    def run_training(trainer, *args):
+        seen.append(trainer.args)
+        return real(trainer, *args)
 
-    monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr(job, "run_training", run_training)
     extra = ["--training_arguments", '{"adam_beta2": 0.5, "adam_epsilon": 1e-4}']
     main(
         ["train", *for_train(base), "--max_steps", "1", *extra, "--output_dir", str(tmp_path / "o")]
@@ -320,7 +348,7 @@ def test_all_linear_leaves_the_head_alone(base, tmp_path):
 def test_demo_is_run_with_other_defaults(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main(["demo", *base, "--control", "none"])
-    assert metrics_of(tmp_path / "runs" / "demo")["command"] == "demo"
+    assert metrics_of(tmp_path / "runs" / "demo")["about"]["command"] == "demo"
     assert metrics_of(tmp_path / "runs" / "demo")["training"]["per_device_train_batch_size"] == 8
 
 
@@ -328,6 +356,98 @@ def test_demo_without_its_packages_says_what_to_install(capsys, monkeypatch, tmp
     monkeypatch.setattr("rankwise.cli.demo.find_spec", lambda name: None)
     argv = ["demo", "--output_dir", str(tmp_path / "o")]
     refused(capsys, argv, "pip install 'rankwise[demo]'")
+    assert list(tmp_path.iterdir()) == []
+
+
+# Every method
+
+NOT_FOR_BERT = {"llama-adapter"}
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in NOT_FOR_BERT])
+def test_every_method_runs_and_what_it_hands_over_is_what_was_measured(
+    name, tiny_bert, rows_dir, tmp_path, capsys
+):
+    method, out = METHODS[name], tmp_path / "out"
+    own = {"r": ["4"], "ranks": ["1", "2"], "gate_learning_rate": ["0.1"]}
+    flags = [word for k, v in own.items() if hasattr(method, k) for word in (f"--{k}", *v)]
+    data = ["--model_name_or_path", tiny_bert, "--data_dir", rows_dir]
+    main(["run", "--method", name, *data, *FAST, *flags, "--output_dir", str(out)])
+    capsys.readouterr()
+    main(["evaluate", "--adapter", str(out), *data, "--use_cpu"])
+    again, found = json.loads(capsys.readouterr().out), evaluated(out)
+    assert again.pop("loss") == pytest.approx(found.pop("loss"), rel=1e-5)
+    assert again == found
+    assert metrics_of(out)["method"]["name"] == type(method).__name__
+    assert "README.md" in [path.name for path in (out / method.product).iterdir()]
+    assert not {"arms", "search", "training", "result.json"} & {p.name for p in out.iterdir()}
+
+
+@pytest.mark.parametrize("name", NOT_FOR_BERT)
+def test_a_method_that_the_model_is_not_for(base, tmp_path, capsys, name):
+    argv = ["run", *for_train(base), "--method", name, "--output_dir", str(tmp_path / "out")]
+    refused(capsys, argv, "of type 'bert'")
+    assert list(tmp_path.iterdir()) == []
+
+
+# Controls
+
+
+def test_a_control_with_flags_of_its_own(base, tmp_path):
+    """Its size is the one that is asked for; its scaling is the method's, alpha / r of both."""
+    out = tmp_path / "out"
+    controls = ["lora", "lora:r=2", "lora:r=2,lora_alpha=2", "svd-energy"]
+    flags = ["--lora_alpha", "6", "--control", *controls]
+    main(["run", *base, *flags, "--output_dir", str(out)])
+    found = metrics_of(out)["controls"]
+    assert [control["name"] for control in found[1:]] == ["LoRA r=2"] * 2 + [
+        "LoRA, cut by SVD, energy"
+    ]
+    plans = [
+        RankPlan.load(out / "controls" / f"{name}.json")
+        for name in ("lora", "lora-2", "lora-3", "svd-energy")
+    ]
+    assert [plan.scaling for plan in plans] == [1.5, 1.5, 1, 1.5]
+    assert [plan.ranks for plan in plans] == [control["ranks"] for control in found]
+    assert set(plans[1].ranks.values()) == set(plans[2].ranks.values()) == {2}
+
+
+def test_a_control_at_a_plan(finished, base, tmp_path):
+    plan = finished / "controls" / "random.json"
+    flags = ["--control", f"lora:plan={plan}", "--output_dir", str(tmp_path / "o")]
+    main(["run", *base, *flags])
+    (control,) = metrics_of(tmp_path / "o")["controls"]
+    assert control["ranks"] == RankPlan.load(plan).ranks
+
+
+def test_a_random_control_waits_for_the_size_that_is_found(base, tmp_path, capsys):
+    """Of half of rank 2 there is one plan alone, but the search may find another size."""
+    argv = ["run", *base, "--r", "2", "--control", "random"]
+    main([*argv, "--output_dir", str(tmp_path / "out")])
+    sizes = set(RankPlan.load(tmp_path / "out" / "plan.json").ranks.values())
+    alone = sizes in ({1}, {2})
+    assert len(metrics_of(tmp_path / "out")["controls"]) == 1 - alone
+    assert ("no random control" in capsys.readouterr().err) == alone
+
+
+@pytest.mark.parametrize(("control", "times"), [("none", 1), ("lora", 2)])
+def test_the_base_model_is_loaded_once_per_arm(base, tmp_path, monkeypatch, control, times):
+    loaded = []
+    real = tasks.load_model
+
+    def load_model(*args, **kwargs):
+        loaded.append(args)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(tasks, "load_model", load_model)
+    flags = ["--control", control, "--output_dir", str(tmp_path / "out")]
+    main(["run", *base, *flags])
+    assert len(loaded) == times
+
+
+def test_search_is_for_methods_that_choose(base, tmp_path, capsys):
+    argv = ["search", *for_train(base), "--method", "lora", "--output_dir", str(tmp_path / "out")]
+    refused(capsys, argv, "LoRA chooses nothing", "rankwise run")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -344,7 +464,7 @@ def test_results_are_not_overwritten_unasked(trained, base, tmp_path, capsys):
     assert (out / "plan.json").read_text() == "precious"
     main([*argv, "--overwrite_output_dir"])
     assert RankPlan.load(out / "plan.json").r == 4
-    assert metrics_of(out)["steps"] == 1
+    assert metrics_of(out)["cost"]["steps"] == 1
     assert not (out / "stale.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -372,7 +492,7 @@ def test_a_failed_run_leaves_the_results_that_it_was_to_replace(
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages, "train_stage", stop)
+    monkeypatch.setattr(job, "_train_stage", stop)
     with pytest.raises(SystemExit):
         main(["train", *for_train(base), "--output_dir", str(out), "--overwrite_output_dir"])
     assert {name: (out / name).read_bytes() for name in names(out)} == before
@@ -429,24 +549,25 @@ def killed(argv: list[str], monkeypatch, owner, name: str, calls: int = 1) -> No
 
 def test_a_run_killed_after_the_search_goes_on(finished, base, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    argv = ["run", *base, "--control", "uniform", "random", "--output_dir", str(out)]
-    killed(argv, monkeypatch, stages, "train_stage")
+    argv = ["run", *base, "--control", "lora", "random", "--output_dir", str(out)]
+    killed(argv, monkeypatch, job, "_train_stage")
     assert "--resume_from_checkpoint" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
 
     def again(*args, **kwargs):
         pytest.fail("the search was repeated")
 
-    monkeypatch.setattr(training, "search", again)
+    monkeypatch.setattr(SearchTrainer, "train", again)
     main([*argv, "--resume_from_checkpoint"])
     assert json_of(out / "plan.json") == json_of(finished / "plan.json")
     assert same_tensors(out, finished)
-    assert metrics_of(out)["eval"] == metrics_of(finished)["eval"]
-    assert (
-        metrics_of(out)["random_control"]["eval"] == metrics_of(finished)["random_control"]["eval"]
-    )
-    assert metrics_of(out)["resumed"] is True
-    assert metrics_of(finished)["resumed"] is False
+    assert metrics_of(out)["metrics"] == metrics_of(finished)["metrics"]
+    for ours, theirs in zip(
+        metrics_of(out)["controls"], metrics_of(finished)["controls"], strict=True
+    ):
+        assert ours["metrics"] == theirs["metrics"]
+    assert metrics_of(out)["about"]["resumed"] is True
+    assert metrics_of(finished)["about"]["resumed"] is False
     assert names(out) == names(finished)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -462,12 +583,14 @@ def test_a_run_killed_after_the_search_goes_on(finished, base, tmp_path, monkeyp
 )
 def test_a_run_killed_within_a_stage_goes_on(finished, base, tmp_path, monkeypatch, trainer, calls):
     out = tmp_path / "out"
-    argv = ["run", *base, "--control", "uniform", "--output_dir", str(out)]
+    argv = ["run", *base, "--control", "lora", "--output_dir", str(out)]
     killed(argv, monkeypatch, trainer, "training_step", calls)
     main([*argv, "--resume_from_checkpoint"])
     assert json_of(out / "plan.json") == json_of(finished / "plan.json")
     assert same_tensors(out, finished)
-    assert metrics_of(out)["control"]["eval"] == metrics_of(finished)["control"]["eval"]
+    assert (
+        metrics_of(out)["controls"][0]["metrics"] == metrics_of(finished)["controls"][0]["metrics"]
+    )
     assert names(out) == [name for name in names(finished) if "random" not in name]
 
 
@@ -475,11 +598,9 @@ def test_a_run_killed_within_a_stage_goes_on(finished, base, tmp_path, monkeypat
     "name", ["write_card", "save_heatmap", "finish"], ids=["card", "heatmap", "finish"]
 )
 def test_a_run_killed_while_it_reports_goes_on(finished, base, tmp_path, monkeypatch, name):
-    from rankwise.cli import run as run_command
-
     out = tmp_path / "out"
     argv = ["run", *base, "--control", "none", "--output_dir", str(out)]
-    killed(argv, monkeypatch, run_command if name == "finish" else stages, name)
+    killed(argv, monkeypatch, workspace if name == "finish" else show, name)
     main([*argv, "--resume_from_checkpoint"])
     assert names(out) == [name for name in names(finished) if "controls/" not in name]
     assert same_tensors(out, finished)
@@ -490,18 +611,34 @@ def test_a_run_killed_while_it_reports_goes_on(finished, base, tmp_path, monkeyp
 def test_an_unfinished_run_is_not_dropped_unasked(base, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     argv = ["run", *base, "--control", "none", "--output_dir", str(out)]
-    killed(argv, monkeypatch, stages, "train_stage")
+    killed(argv, monkeypatch, job, "_train_stage")
     partial = tmp_path / "out.partial"
     before = names(partial)
     refused(capsys, argv, str(partial), "--resume_from_checkpoint", "--overwrite_output_dir")
     changed = [*argv, "--resume_from_checkpoint", "--learning_rate", "0.5"]
     refused(capsys, changed, "--learning_rate", "0.01", "0.5")
-    changed = [*argv, "--resume_from_checkpoint", "--control", "uniform"]
+    changed = [*argv, "--resume_from_checkpoint", "--control", "lora"]
     refused(capsys, changed, "--control")
     assert names(partial) == before
     main([*argv, "--overwrite_output_dir"])
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert metrics_of(out)["resumed"] is False
+    assert metrics_of(out)["about"]["resumed"] is False
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--r", "3"], ["--r 4", "3"]),
+        (["--method", "autolora-sigmoid"], ["--gate softmax", "sigmoid"]),
+        (["--target_modules", "key"], ["--target_modules None", "['key']"]),
+    ],
+)
+def test_a_run_is_resumed_with_the_flags_of_its_method(
+    base, tmp_path, monkeypatch, capsys, flags, words
+):
+    argv = ["run", *base, "--control", "none", "--output_dir", str(tmp_path / "out")]
+    killed(argv, monkeypatch, job, "_train_stage")
+    refused(capsys, [*argv, "--resume_from_checkpoint", *flags], "had", *words)
 
 
 def test_there_may_be_nothing_to_resume(base, tmp_path, capsys):
@@ -555,6 +692,7 @@ def test_a_diverged_run_exits_with_1(base, tmp_path, capsys):
         ),
         ("evaluate", ["--adapter", "--data_dir", "--eval_split", "--max_length"]),
         ("demo", ["--output_dir", "--control", "--seed"]),
+        ("cut", ["--adapter", "--rank", "--energy", "--budget", "--plan", "--output_dir"]),
     ],
 )
 def test_help(command, flags, capsys):
@@ -563,7 +701,8 @@ def test_help(command, flags, capsys):
     assert stop.value.code == 0
     out, err = capsys.readouterr()
     assert f"rankwise {command}" in out
-    assert all(f"  {flag}" in out for flag in [*flags, "--config", "--model_name_or_path"])
+    common = ["--config", *(["--model_name_or_path"] if command != "cut" else [])]
+    assert all(f"  {flag}" in out for flag in [*flags, *common])
     assert "--output-dir" not in out  # each flag under one name
     assert err == ""
 
@@ -572,7 +711,44 @@ def test_help(command, flags, capsys):
 def test_help_of_the_whole(argv, capsys):
     main(argv)
     out = capsys.readouterr().out
-    assert all(command in out for command in ("search", "train", "run", "evaluate", "demo"))
+    assert all(command in out for command in ("run", "search", "train", "cut", "evaluate", "demo"))
+
+
+HEAVY = ("torch", "transformers", "peft", "datasets")
+
+
+def test_help_is_there_at_once():
+    """One process, in which nothing may import what takes seconds."""
+    helps = [["--help"], ["cut", "--help"], ["evaluate", "--help"], ["demo", "--help"]]
+    for command in ("run", "search", "train"):
+        helps += [[command, "--method", method, "--help"] for method in METHODS]
+    script = f"""
+import json, sys
+from rankwise.cli import main
+found = []
+for argv in {helps!r}:
+    try:
+        main(argv)
+    except SystemExit as stop:
+        assert not stop.code, argv
+    found += [[argv, name] for name in {HEAVY!r} if name in sys.modules]
+print(json.dumps(found), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stderr) == []
+    assert done.stdout.count("--config") == len(helps) - 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_help_has_the_flags_of_its_method_alone(method, capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "--method", method, "--help"])
+    out = capsys.readouterr().out
+    own = {f.name for f in fields(METHODS[method])}
+    others = {f.name for other in METHODS.values() for f in fields(other)} - own
+    assert all(f"  --{name}" in out for name in own)
+    assert not [name for name in others if f"  --{name} " in out or f"  --{name}\n" in out]
 
 
 def test_version(capsys):
@@ -582,13 +758,13 @@ def test_version(capsys):
 
 @pytest.mark.parametrize("argv", [["serach"], ["--model", "x"], [""]])
 def test_unknown_command(argv, capsys):
-    refused(capsys, argv, repr(argv[0]), "search, train, run, truncate, evaluate, demo")
+    refused(capsys, argv, repr(argv[0]), "run, search, train, cut, evaluate, demo")
 
 
 def parsed(path: Path, config: object, *flags: str) -> dict:
     """What `train` makes of a YAML file and flags, by flag."""
     path.write_text(config if isinstance(config, str) else yaml.safe_dump(config))
-    found = arguments.parse("train", "", train_command.TYPES, ["--config", str(path), *flags])
+    found = parse_job("train", "", ["--config", str(path), *flags], method="lora")
     return {key: value for part in found for key, value in vars(part).items()}
 
 
@@ -597,7 +773,7 @@ def test_flags_go_over_the_file_and_the_file_over_defaults(tmp_path):
     found = parsed(tmp_path / "c.yaml", config, "--r", "2", "--text_column", "a", "b")
     assert (found["r"], found["max_steps"], found["use_cpu"]) == (2, 7, True)
     assert found["lr_scheduler_type"] == "constant"
-    assert found["text_column"] == ["a", "b"]
+    assert found["text_column"] == ("a", "b")
     assert found["seed"] == 42
 
 
@@ -614,8 +790,8 @@ def test_floats_as_people_write_them(tmp_path, written):
 
 @pytest.mark.parametrize("key", ["target_modules", "text_column"])
 def test_one_value_where_a_list_may_stand(tmp_path, key):
-    assert parsed(tmp_path / "c.yaml", {key: "query"})[key] == ["query"]
-    assert parsed(tmp_path / "c.yaml", {key: ["query", "value"]})[key] == ["query", "value"]
+    assert parsed(tmp_path / "c.yaml", {key: "query"})[key] == ("query",)
+    assert parsed(tmp_path / "c.yaml", {key: ["query", "value"]})[key] == ("query", "value")
 
 
 def test_a_mapping_in_the_file(tmp_path):
@@ -682,8 +858,8 @@ def test_a_config_file_of_a_whole_run(tiny_bert, rows_dir, tmp_path):
     main(["run", "--config", str(tmp_path / "c.yaml"), "--max_steps", "1", "--r", "4"])
     found = metrics_of(tmp_path / "out")
     assert found["training"]["learning_rate"] == 3e-3
-    assert found["steps"] == 1
-    assert found["control"]["name"].startswith("random")
+    assert found["cost"]["steps"] == 1
+    assert [control["name"] for control in found["controls"]] == ["random plan"]
     ranks = RankPlan.load(tmp_path / "out" / "plan.json").ranks
     assert all(name.endswith(".key") and 1 <= r <= 4 for name, r in ranks.items())
 
@@ -709,9 +885,15 @@ WRONG_FLAGS = {
     "fraction nan": ("--validation_fraction nan", ["validation_fraction", "nan"]),
     "unknown method": ("--method autolara", ["'autolara'", "autolora-sigmoid"]),
     "unknown estimator": ("--estimator guess", ["estimator", "guess"]),
-    "unknown control": ("--control bogus", ["'bogus'", "uniform, random or none"]),
-    "control rank 0": ("--control_r 0", ["control_r", "0"]),
-    "control rank above the matrix": ("--control_r 33", ["33", "32"]),
+    "unknown control": ("--control bogus", ["--control", "'bogus'", "lora", "random", "none"]),
+    "control of old": ("--control uniform", ["--control uniform", "--control lora"]),
+    "control rank 0": ("--control lora:r=0", ["r is 0"]),
+    "control rank above the matrix": ("--control lora:r=33", ["33", "32"]),
+    "control rank that is no number": ("--control lora:r=x", ["--control lora", "--r", "'x'"]),
+    "control without a value": ("--control lora:r", ["--control lora:r", "name:flag=value"]),
+    "control with a flag it lacks": ("--control random:rank=3", ["random plan", "'rank'"]),
+    "control with a flag of the command": ("--control lora:config=x", ["LoRA", "'config'"]),
+    "flag of another method": ("--by_layer", ["unknown flag --by_layer"]),
     "max_length 0": ("--max_length 0", ["max_length", "0"]),
     "max_length without room": ("--max_length 2", ["max_length", "2"]),
     "max_length above the model's": ("--max_length 4096", ["max_length", "4096"]),

@@ -3,16 +3,25 @@
 import builtins
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import yaml
 from rich.console import Console
 
-from rankwise import Entry, RankPlan
-from rankwise.report import print_table, save_heatmap, verdict, write_card
+from rankwise import AutoLoRA, Curve, Entry, FullFineTuning, RankPlan, Result
+from rankwise.report import (
+    choice,
+    print_curve,
+    print_table,
+    save_curves,
+    save_heatmap,
+    verdict,
+    write_card,
+)
 from rankwise.report.heatmap import grid
-from rankwise.tasks import Classification, Task
+from rankwise.tasks import Classification
 
 
 def plan_of(ranks: dict[str, int], r: int = 8, **kwargs) -> RankPlan:
@@ -152,93 +161,175 @@ def test_heatmap_without_matplotlib_draws_nothing(tmp_path, monkeypatch):
 # The verdict
 
 
-def task_of(*metrics: str) -> Task:
-    return Classification("mine", ("text",), "label", ("a", "b"), metrics)
-
-
-def arm(trainable: int = 578, **figures: float) -> dict:
-    return {
-        "eval": {"split": "test", "rows": 1200, "loss": 0.5, **figures},
-        "trainable_parameters": trainable,
-        "lora_parameters": trainable - 66,
-        "train_seconds": 61.4,
-        "search_seconds": 0.0,
-        "peak_memory_bytes": 2**30,
-    }
+def result_of(
+    name: str, metrics: tuple[str, ...] = ("accuracy",), trainable: int = 578, **figures: float
+) -> Result:
+    """A record of a run on 1,200 test rows, with these figures beside its loss."""
+    return Result(
+        name=name,
+        method={"name": "AutoLoRA"},
+        claim="choosing ranks",
+        task=Classification("mine", ("text",), "label", ("a", "b"), metrics).describe(),
+        model="roberta-base",
+        rows={"train": 100, "held_out": 50, "evaluated": 1200},
+        split="test",
+        training={
+            "learning_rate": 1e-4,
+            "per_device_train_batch_size": 8,
+            "gradient_accumulation_steps": 4,
+            "seed": 42,
+        },
+        metrics={"loss": 0.5, **figures},
+        trainable_parameters=trainable,
+        lora_parameters=trainable - 66,
+        ranks=None,
+        cost={
+            "search_seconds": 0.0,
+            "train_seconds": 61.4,
+            "peak_memory_bytes": 2**30,
+            "peak_memory_of": "resident set",
+            "steps": 77,
+        },
+    )
 
 
 @pytest.mark.parametrize(
     ("metric", "ours", "control", "sentence"),
     [
-        ("accuracy", 0.75, 0.5, "The searched ranks beat uniform r=4 by 0.2500 in accuracy."),
-        ("accuracy", 0.5, 0.75, "uniform r=4 did better by 0.2500 in accuracy: choosing ranks did"),
-        ("accuracy", 0.5, 0.5, "uniform r=4 did as well in accuracy: choosing ranks did not help"),
-        ("perplexity", 8.0, 9.5, "The searched ranks beat uniform r=4 by 1.5000 in perplexity."),
-        ("perplexity", 9.5, 8.0, "uniform r=4 did better by 1.5000 in perplexity: choosing"),
-        ("loss", 1.0, 1.0, "uniform r=4 did as well in loss: choosing ranks did not help here."),
-        ("matthews_correlation", -0.1, -0.2, "beat uniform r=4 by 0.1000 in matthews_correlation."),
+        ("accuracy", 0.75, 0.5, "AutoLoRA beat LoRA r=4 by 0.2500 in accuracy."),
+        ("accuracy", 0.5, 0.75, "LoRA r=4 did better by 0.2500 in accuracy: choosing ranks did"),
+        ("accuracy", 0.5, 0.5, "LoRA r=4 did as well in accuracy: choosing ranks did not help"),
+        ("perplexity", 8.0, 9.5, "AutoLoRA beat LoRA r=4 by 1.5000 in perplexity."),
+        ("perplexity", 9.5, 8.0, "LoRA r=4 did better by 1.5000 in perplexity: choosing"),
+        ("loss", 1.0, 1.0, "LoRA r=4 did as well in loss: choosing ranks did not help here."),
+        ("matthews_correlation", -0.1, -0.2, "beat LoRA r=4 by 0.1000 in matthews_correlation."),
     ],
 )
 def test_verdict(metric, ours, control, sentence):
-    arms = {"autolora": arm(**{metric: ours}), "uniform r=4": arm(**{metric: control})}
-    first, *rest = verdict(arms, task_of(metric)).splitlines()
+    first, *rest = verdict(
+        result_of("AutoLoRA", (metric,), **{metric: ours}),
+        [result_of("LoRA r=4", (metric,), **{metric: control})],
+    ).splitlines()
     assert sentence in first
     assert len(rest) == 1
     assert "One seed" in rest[0]
 
 
 def test_verdict_judges_by_the_main_metric_and_names_every_control():
-    arms = {
-        "autolora": arm(accuracy=0.7, f1=0.1),
-        "uniform r=4": arm(accuracy=0.6, f1=0.9),
-        "random plan": arm(accuracy=0.8, f1=0.0),
-    }
-    first, second, _ = verdict(arms, task_of("accuracy", "f1")).splitlines()
-    assert first == "The searched ranks beat uniform r=4 by 0.1000 in accuracy."
+    metrics = ("accuracy", "f1")
+    first, second, _ = verdict(
+        result_of("AutoLoRA", metrics, accuracy=0.7, f1=0.1),
+        [
+            result_of("LoRA r=4", metrics, accuracy=0.6, f1=0.9),
+            result_of("random plan", metrics, accuracy=0.8, f1=0.0),
+        ],
+    ).splitlines()
+    assert first == "AutoLoRA beat LoRA r=4 by 0.1000 in accuracy."
     assert second.startswith("random plan did better by 0.1000 in accuracy: ")
 
 
+def test_verdict_speaks_of_what_the_method_claims():
+    ours = replace(result_of("DyLoRA", accuracy=0.5), claim="one training for all ranks")
+    text = verdict(ours, [result_of("LoRA r=4", accuracy=0.6)])
+    assert "one training for all ranks did not help here" in text
+
+
 def test_verdict_without_a_control_claims_nothing():
-    text = verdict({"autolora": arm(accuracy=1.0)}, task_of("accuracy"))
+    text = verdict(result_of("AutoLoRA", accuracy=1.0), [])
     assert "No control" in text
     assert "beat" not in text
 
 
 @pytest.mark.parametrize(("ours", "control"), [(float("nan"), 0.5), (0.5, float("nan"))])
 def test_verdict_of_nan_claims_nothing(ours, control):
-    arms = {"autolora": arm(accuracy=ours), "uniform r=4": arm(accuracy=control)}
-    text = verdict(arms, task_of("accuracy"))
+    text = verdict(result_of("AutoLoRA", accuracy=ours), [result_of("LoRA r=4", accuracy=control)])
     assert "beat" not in text
     assert "better" not in text
 
 
-# The table
+# What was picked
 
 
-def test_table_has_a_row_per_arm():
-    arms = {"autolora": arm(accuracy=0.75), "uniform r=4": arm(trainable=1_234_567, accuracy=0.5)}
-    arms["autolora"] |= {"search_seconds": 120.4, "search_peak_memory_bytes": 3 * 2**30}
+def test_choice_says_what_was_picked_and_by_what():
+    ours = result_of("DyLoRA", accuracy=0.5)
+    assert choice(ours) == ""
+    ours = replace(ours, ranks={"a": 3, "b": 3}, figures={"picked_by": "budget"})
+    assert choice(ours) == "picked rank 3 (budget)"
+    assert choice(replace(ours, ranks={"a": 1, "b": 4})) == "picked ranks 1 to 4 (budget)"
+
+
+@pytest.mark.parametrize(("pays", "word"), [(True, "below 0.7000"), (False, "not below, so")])
+def test_choice_says_whether_ranks_by_layer_pay(pays, word):
+    found = {
+        "pays": pays,
+        "by_layer_loss": 0.6 if pays else 0.8,
+        "uniform_loss": 0.7,
+        "uniform_rank": 2,
+        "parameters": 1000,
+        "uniform_parameters": 900,
+    }
+    figures = {"picked_by": "layer", "by_layer": found}
+    said = choice(replace(result_of("DyLoRA"), ranks={"a": 1, "b": 4}, figures=figures))
+    assert word in said
+    assert "1,000 parameters" in said and "rank 2 everywhere (900)" in said
+
+
+# The tables
+
+
+def test_table_has_a_row_per_result():
+    metrics = ("accuracy", "f1")
+    ours = result_of("AutoLoRA", metrics, accuracy=0.75)
+    more = {"search_seconds": 120.4, "search_peak_memory_bytes": 3 * 2**30}
+    ours = replace(ours, cost=ours.cost | more)
+    control = result_of("LoRA r=4", metrics, trainable=1_234_567, accuracy=0.5)
     out = io.StringIO()
-    print_table(arms, task_of("accuracy", "f1"), Console(file=out, width=120))
+    print_table([ours, control], Console(file=out, width=120))
     lines = out.getvalue().splitlines()
     assert "mine: 1,200 test rows, one seed" in lines[0]
-    ours = next(line for line in lines if "autolora" in line)
-    control = next(line for line in lines if "uniform r=4" in line)
-    assert [word in ours for word in ("0.7500", "578", "120", "61", "3.00")] == [True] * 5
-    assert [word in control for word in ("0.5000", "1,234,567", "1.00")] == [True] * 3
-    assert "f1" not in out.getvalue()  # no arm was measured by it
+    first = next(line for line in lines if "AutoLoRA" in line)
+    second = next(line for line in lines if "LoRA r=4" in line)
+    assert [word in first for word in ("0.7500", "578", "120", "61", "3.00")] == [True] * 5
+    assert [word in second for word in ("0.5000", "1,234,567", "1.00")] == [True] * 3
+    assert "f1" not in out.getvalue()  # neither was measured by it
 
 
 def test_table_fits_80_columns_without_breaking_words():
-    arms = {
-        "autolora": arm(accuracy=0.75, f1=0.5),
-        "uniform r=4": arm(trainable=1_234_567, accuracy=0.5, f1=0.5),
-        "random plan, same size": arm(accuracy=0.5, f1=0.5),
-    }
+    metrics = ("accuracy", "f1")
+    results = [
+        result_of("AutoLoRA", metrics, accuracy=0.75, f1=0.5),
+        result_of("LoRA r=4", metrics, trainable=1_234_567, accuracy=0.5, f1=0.5),
+        result_of("LoRA, cut by SVD, one threshold", metrics, accuracy=0.5, f1=0.5),
+    ]
     out = io.StringIO()
-    print_table(arms, task_of("accuracy", "f1"), Console(file=out, width=80))
-    for word in ("autolora", "uniform", "accuracy", "trainable", "1,234,567"):
+    print_table(results, Console(file=out, width=80))
+    for word in ("AutoLoRA", "LoRA r=4", "accuracy", "trainable", "1,234,567"):
         assert word in out.getvalue()
+
+
+def test_a_name_in_brackets_is_no_markup():
+    out = io.StringIO()
+    print_table([result_of("LoRA [red]", accuracy=0.5)], Console(file=out, width=120))
+    assert "LoRA [red]" in out.getvalue()
+
+
+def test_curve_has_a_row_per_size():
+    found = Curve(
+        metric="accuracy",
+        greater_is_better=True,
+        unit="parameters",
+        sizes=(512, 1_024),
+        metrics=({"accuracy": 0.5, "loss": 0.9}, {"accuracy": 0.75, "loss": 0.25}),
+        standard_errors=(0.0625, 0.03),
+        difference_errors=(0.02, 0.0),
+        rows=1_000,
+    )
+    out = io.StringIO()
+    print_curve(found, Console(file=out, width=80))
+    lines = out.getvalue().splitlines()
+    assert "every size, 1,000 validation rows" in lines[0]
+    row = next(line for line in lines if line.split()[:1] == ["1,024"])
+    assert row.split() == ["1,024", "0.7500", "0.0300", "0.2500"]
 
 
 # The card
@@ -248,20 +339,10 @@ def write(folder, base: str, plan: RankPlan | None = None, name: str = "models/t
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
     (folder / "README.md").write_text("PEFT's own")
-    metrics = {
-        "model": name,
-        "eval": {"split": "test", "rows": 1200, "accuracy": 0.75},
-        "training": {
-            "learning_rate": 1e-4,
-            "per_device_train_batch_size": 8,
-            "gradient_accumulation_steps": 4,
-            "seed": 42,
-        },
-        "steps": 77,
-    }
-    arms = {"autolora": arm(accuracy=0.75), "uniform r=4": arm(trainable=1_234_567, accuracy=0.5)}
-    plan = plan or bert_plan(provenance={"method": {"gate": "softmax"}})
-    write_card(folder, plan, metrics, task_of("accuracy"), arms)
+    control = result_of("LoRA r=4", trainable=1_234_567, accuracy=0.5)
+    result = replace(result_of("AutoLoRA", accuracy=0.75), model=name).with_controls([control], "")
+    plan = plan or bert_plan(provenance={"method": AutoLoRA().describe()})
+    write_card(folder, result, plan)
     return (folder / "README.md").read_text()
 
 
@@ -282,8 +363,8 @@ def test_card_says_what_the_adapter_is(tmp_path):
     assert "# LoRA adapter for roberta-base on mine" in lines
     table = lines.index("| layer | query | value |")
     assert lines[table + 2 : table + 4] == ["| 0 | 1 | 2 |", "| 1 | 3 | 4 |"]
-    assert "| autolora | 0.7500 | 578 |" in lines
-    assert "| uniform r=4 | 0.5000 | 1,234,567 |" in lines
+    assert "| AutoLoRA | 0.7500 | 578 |" in lines
+    assert "| LoRA r=4 | 0.5000 | 1,234,567 |" in lines
     assert "## Figures on 1200 test rows, one seed" in lines
     assert "77 steps of 32 rows" in card
     assert "seed 42" in card
@@ -314,3 +395,51 @@ def test_card_of_modules_without_a_layer_is_a_table(tmp_path):
     rows = lines[table : table + 4]
     assert {row.count("|") for row in rows} == {4}
     assert rows[2:] == ["| 0 | 1 |  |", "| - |  | 3 |"]
+
+
+def test_card_of_a_rank_out_of_many_says_so(tmp_path):
+    plan = bert_plan(provenance={"trained_ranks": [1, 2, 4, 8]})
+    plan = plan.with_ranks(dict.fromkeys(plan.modules, 4), **plan.provenance)
+    card = write(tmp_path / "adapter", "roberta-base", plan)
+    assert "has rank 4, cut out of a training of ranks up to 8" in card
+
+
+def test_card_of_a_plan_that_was_edited_says_so(tmp_path):
+    gate = (0.3, 0.1, 0.3, 0.3)
+    plan = bert_plan(r=4, provenance={"method": AutoLoRA(r=4).describe()})
+    modules = {name: replace(e, rank=3, gate=gate) for name, e in plan.modules.items()}
+    first = next(iter(modules))
+    for rank, edited in ((3, False), (2, True)):
+        modules[first] = replace(modules[first], rank=rank)
+        modules["x.1.y"] = replace(modules[first], rank=1, module="x.1.y", gate=None)
+        card = write(tmp_path / str(rank), "roberta-base", replace(plan, modules=modules))
+        assert "AutoLoRA (softmax gate)" in card
+        assert ("edited by hand since" in card) == edited
+
+
+def test_card_of_a_plan_by_hand_and_of_no_plan(tmp_path):
+    assert "a plan made by hand" in write(tmp_path / "hand", "roberta-base", bert_plan())
+    folder = tmp_path / "none"
+    folder.mkdir()
+    method = FullFineTuning()
+    result = replace(result_of(method.title, accuracy=0.5), method=method.describe())
+    write_card(folder, result, None)
+    card = (folder / "README.md").read_text()
+    assert "# full fine-tuning, model for roberta-base on mine" in card
+    assert "578 trained parameters" in card
+    assert "transformers' `from_pretrained(folder)`" in card
+    assert "## Ranks" not in card and "PeftModel" not in card
+
+
+# The curve
+
+
+def test_curve_is_a_picture(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    series = {"DyLoRA": ((1, 2, 4), (0.5, 0.7, 0.75), (0.1, 0.05, 0.05))}
+    path = tmp_path / "curve.png"
+    assert save_curves(series, "accuracy", path, mark=2, spread="standard error") is True
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert image.size[0] > 300
+    assert [p.name for p in tmp_path.iterdir()] == ["curve.png"]

@@ -17,17 +17,7 @@ from transformers import (
 )
 
 from rankwise.errors import DataError
-from rankwise.tasks import (
-    CausalLM,
-    check_metrics,
-    compute_metrics,
-    data_collator,
-    encode,
-    load_model,
-    load_task,
-    load_tokenizer,
-    preprocess_logits,
-)
+from rankwise.tasks import CausalLM, load_model, load_task, load_tokenizer
 from rankwise.tasks.causal_lm import perplexity
 
 EOS = "<|endoftext|>"
@@ -80,7 +70,7 @@ def test_only_the_completion_and_the_end_are_learned(load):
     assert (task.kind, task.task_type) == ("causal_lm", "CAUSAL_LM")
     assert task.text_columns == ("prompt", "completion")
     tokenizer = byte_level()
-    row = encode(task, task.train, tokenizer)[0]
+    row = task.encode(task.train, tokenizer)[0]
     assert decoded(tokenizer, row) == (f"Q: 1+1? A: two{EOS}", f" two{EOS}")
     assert row["labels"][:10] == [-100] * 10
     assert row["labels"][10:] == row["input_ids"][10:]
@@ -90,14 +80,14 @@ def test_only_the_completion_and_the_end_are_learned(load):
 def test_all_of_a_text_is_learned(load):
     task = load([{"text": "abc"}])
     tokenizer = byte_level(bos=True)
-    row = encode(task, task.train, tokenizer)[0]
+    row = task.encode(task.train, tokenizer)[0]
     assert decoded(tokenizer, row) == (f"<s>abc{EOS}", f"<s>abc{EOS}")
 
 
 def test_bos_is_set_once_before_the_prompt(load):
     task = load([{"prompt": "ab", "completion": "cd"}])
     tokenizer = byte_level(bos=True)
-    row = encode(task, task.train, tokenizer)[0]
+    row = task.encode(task.train, tokenizer)[0]
     assert decoded(tokenizer, row) == (f"<s>abcd{EOS}", f"cd{EOS}")
 
 
@@ -106,22 +96,22 @@ def test_columns_of_any_name(load):
         [{"mr": "name[X]", "ref": "X is.", "id": 1}], text_column=("mr", "ref"), kind="causal_lm"
     )
     tokenizer = byte_level()
-    row = encode(task, task.train, tokenizer)[0]
+    row = task.encode(task.train, tokenizer)[0]
     assert decoded(tokenizer, row) == (f"name[X]X is.{EOS}", f"X is.{EOS}")
 
 
 def test_a_cut_text_has_no_end_to_learn(load):
     task = load([{"text": "abcdef"}])
     tokenizer = byte_level()
-    assert decoded(tokenizer, encode(task, task.train, tokenizer, 6)[0])[0] == "abcdef"
-    assert decoded(tokenizer, encode(task, task.train, tokenizer, 4)[0])[0] == "abcd"
-    assert decoded(tokenizer, encode(task, task.train, tokenizer, 7)[0])[0] == f"abcdef{EOS}"
+    assert decoded(tokenizer, task.encode(task.train, tokenizer, 6)[0])[0] == "abcdef"
+    assert decoded(tokenizer, task.encode(task.train, tokenizer, 4)[0])[0] == "abcd"
+    assert decoded(tokenizer, task.encode(task.train, tokenizer, 7)[0])[0] == f"abcdef{EOS}"
 
 
 def test_prompts_that_fill_max_length_are_left_out_and_counted(load, caplog):
     rows = [{"prompt": "p" * size, "completion": "c"} for size in (3, 7, 8, 20)]
     task = load(rows)
-    encoded = encode(task, task.train, byte_level(), max_length=8)
+    encoded = task.encode(task.train, byte_level(), max_length=8)
     assert [len(ids) for ids in encoded["input_ids"]] == [5, 8]
     assert "left out 2 of 4 rows with nothing to learn within max_length=8" in caplog.text
 
@@ -129,7 +119,7 @@ def test_prompts_that_fill_max_length_are_left_out_and_counted(load, caplog):
 def test_nothing_left_to_learn(load):
     task = load([{"prompt": "long prompt", "completion": "c"}] * 2)
     with pytest.raises(DataError, match="all 2 rows have nothing to learn within max_length=8"):
-        encode(task, task.train, byte_level(), max_length=8)
+        task.encode(task.train, byte_level(), max_length=8)
 
 
 def test_empty_completion_is_named(load):
@@ -141,8 +131,8 @@ def test_padding_is_not_learned_though_it_is_eos(tiny, load):
     task = load([{"text": "ab"}, {"text": "abcdef"}])
     tokenizer = load_tokenizer(tiny)
     assert tokenizer.pad_token == EOS
-    encoded = encode(task, task.train, tokenizer)
-    batch = data_collator(task, tokenizer)([encoded[0], encoded[1]])
+    encoded = task.encode(task.train, tokenizer)
+    batch = task.data_collator(tokenizer)([encoded[0], encoded[1]])
     assert batch["input_ids"].shape == batch["labels"].shape == (2, 7)
     assert batch["labels"][0].tolist() == [*encoded[0]["input_ids"], *[-100] * 4]
     assert batch["labels"][0, 2] == tokenizer.eos_token_id
@@ -155,9 +145,9 @@ def test_padding_is_not_learned_though_it_is_eos(tiny, load):
 def test_perplexity_of_uniform_guesses_is_the_vocabulary_size():
     task = CausalLM("t", ("text",), None, None, ("perplexity", "loss"))
     labels = torch.tensor([[-100, 3, 1, 2], [0, 1, -100, -100]])
-    sums = preprocess_logits(task)(torch.zeros(2, 4, 10), labels)
+    sums = task.preprocess_logits(torch.zeros(2, 4, 10), labels)
     torch.testing.assert_close(sums, torch.tensor([[3 * math.log(10), 3.0], [math.log(10), 1.0]]))
-    found = compute_metrics(task)(EvalPrediction(predictions=sums.numpy(), label_ids=labels))
+    found = task.compute_metrics()(EvalPrediction(predictions=sums.numpy(), label_ids=labels))
     assert found == pytest.approx({"perplexity": 10.0, "loss": math.log(10)})
 
 
@@ -166,7 +156,7 @@ def test_sums_are_those_of_each_token():
     task = CausalLM("t", ("text",), None, None, ("perplexity", "loss"))
     logits = torch.randn(2, 5, 7)
     labels = torch.tensor([[1, 2, 3, 4, 5], [6, -100, 0, 2, -100]])
-    sums = preprocess_logits(task)((logits, "cache"), labels)
+    sums = task.preprocess_logits((logits, "cache"), labels)
     for row in range(2):
         expected = [
             -logits[row, place].log_softmax(-1)[labels[row, place + 1]]
@@ -184,11 +174,11 @@ def test_perplexity_does_not_overflow():
 
 def test_trainer_reports_the_mean_over_tokens(tiny, load, tmp_path):
     task = load([{"text": text} for text in ("ab", "abcdefgh" * 4, "zzz")])
-    check_metrics(task)
+    task.check_metrics()
     tokenizer = load_tokenizer(tiny)
     model = load_model(task, tiny, tokenizer=tokenizer)
     assert type(model).__name__ == "GPT2LMHeadModel"
-    encoded = encode(task, task.validation, tokenizer)
+    encoded = task.encode(task.validation, tokenizer)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -199,9 +189,9 @@ def test_trainer_reports_the_mean_over_tokens(tiny, load, tmp_path):
             disable_tqdm=True,
         ),
         eval_dataset=encoded,
-        data_collator=data_collator(task, tokenizer),
-        compute_metrics=compute_metrics(task),
-        preprocess_logits_for_metrics=preprocess_logits(task),
+        data_collator=task.data_collator(tokenizer),
+        compute_metrics=task.compute_metrics(),
+        preprocess_logits_for_metrics=task.preprocess_logits,
     )
     found = trainer.evaluate()
 

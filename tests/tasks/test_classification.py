@@ -13,18 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import EvalPrediction, GPT2Config, GPT2Model, PreTrainedTokenizerFast
 
 from rankwise.errors import DataError, ModelError, RankwiseError
-from rankwise.tasks import (
-    KINDS,
-    Task,
-    check_metrics,
-    compute_metrics,
-    data_collator,
-    encode,
-    load_model,
-    load_task,
-    load_tokenizer,
-    preprocess_logits,
-)
+from rankwise.tasks import KINDS, Task, load_model, load_task, load_tokenizer
 
 
 @pytest.fixture
@@ -155,7 +144,7 @@ def test_pair_features_and_batch(minilm, tmp_path):
     (tmp_path / "validation.jsonl").write_text(json.dumps(rows[0]))
     task = load_task("stsb", data_dir=tmp_path)
     tokenizer = load_tokenizer(minilm)
-    encoded = encode(task, task.train, tokenizer, max_length=16)
+    encoded = task.encode(task.train, tokenizer, max_length=16)
     pieces = tokenizer.convert_ids_to_tokens(encoded[0]["input_ids"])
     assert " ".join(pieces) == "[CLS] a plane . [SEP] an air plane is taking off . [SEP]"
     assert encoded[0]["token_type_ids"] == [0] * 5 + [1] * 8
@@ -163,7 +152,7 @@ def test_pair_features_and_batch(minilm, tmp_path):
     pieces = tokenizer.convert_ids_to_tokens(encoded[1]["input_ids"])
     assert pieces == ["[CLS]", *["dog"] * 12, "[SEP]", "cat", "[SEP]"]
 
-    batch = data_collator(task, tokenizer)([encoded[0], encoded[1]])
+    batch = task.data_collator(tokenizer)([encoded[0], encoded[1]])
     assert batch["input_ids"].shape == (2, 16)
     assert batch["attention_mask"].sum(dim=1).tolist() == [13, 16]
     assert batch["labels"].dtype == torch.float32
@@ -173,15 +162,15 @@ def test_pair_features_and_batch(minilm, tmp_path):
 def test_lengths_that_do_not_suit_the_tokenizer(minilm, load):
     task, tokenizer = load(["a", "b"], ["a"]), load_tokenizer(minilm)
     with pytest.raises(DataError, match="max_length=2 leaves no room for text beside 2 special"):
-        encode(task, task.train, tokenizer, max_length=2)
+        task.encode(task.train, tokenizer, max_length=2)
     with pytest.raises(DataError, match="max_length=513 is more than the 512 tokens"):
-        encode(task, task.train, tokenizer, max_length=513)
+        task.encode(task.train, tokenizer, max_length=513)
 
 
 def test_rows_that_are_not_of_the_task(minilm, load):
     task = load(["a", "b"], ["a"])
     with pytest.raises(DataError, match="the rows have no column 'label', only text"):
-        encode(task, task.train.remove_columns("label"), load_tokenizer(minilm))
+        task.encode(task.train.remove_columns("label"), load_tokenizer(minilm))
 
 
 # Models
@@ -201,8 +190,8 @@ def test_regression_head(minilm, load):
     tokenizer = load_tokenizer(minilm)
     model = load_model(task, minilm, tokenizer=tokenizer)
     assert (model.config.problem_type, model.num_labels) == ("regression", 1)
-    encoded = encode(task, task.train, tokenizer)
-    batch = data_collator(task, tokenizer)([encoded[n] for n in range(3)])
+    encoded = task.encode(task.train, tokenizer)
+    batch = task.data_collator(tokenizer)([encoded[n] for n in range(3)])
     output = model.eval()(**batch)
     expected = ((output.logits[:, 0] - torch.tensor([0.5, 1, 2])) ** 2).mean()
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -241,7 +230,7 @@ def test_decoder_classifies_by_its_last_token_in_a_padded_batch(tiny_gpt2, load)
     model = load_model(task, tiny_gpt2, tokenizer=tokenizer, dtype="float32").eval()
     assert model.config.pad_token_id == tokenizer.eos_token_id
     short, long = tokenizer(["ab", "abcdef"])["input_ids"]
-    collate = data_collator(task, tokenizer)
+    collate = task.data_collator(tokenizer)
     alone = collate([{"input_ids": short, "labels": 0}])
     both = collate([{"input_ids": short, "labels": 0}, {"input_ids": long, "labels": 1}])
     with torch.no_grad():
@@ -292,7 +281,7 @@ def test_two_class_metrics_by_hand():
     task = task_of("classification", ("accuracy", "f1", "matthews_correlation"), ("n", "y"))
     # Predicted 1 0 0 1 1 for 1 1 0 0 1: 2 true and 1 false positive, 1 true and 1 false negative.
     logits = np.array([[0, 1], [1, 0], [3, 2], [-2, -1], [0, 9]], dtype=np.float32)
-    found = compute_metrics(task)(output(logits, [1, 1, 0, 0, 1]))
+    found = task.compute_metrics()(output(logits, [1, 1, 0, 0, 1]))
     assert found == pytest.approx(
         {"accuracy": 3 / 5, "f1": 2 * 2 / (2 * 2 + 1 + 1), "matthews_correlation": 1 / 6}
     )
@@ -302,35 +291,35 @@ def test_f1_is_the_mean_over_three_classes():
     task = task_of("classification", ("f1",), ("a", "b", "c"))
     # Predicted 0 1 1 0 for 0 1 2 0: f1 is 1, 2/3 and 0.
     logits = np.eye(3)[[0, 1, 1, 0]]
-    assert compute_metrics(task)(output(logits, [0, 1, 2, 0]))["f1"] == pytest.approx(5 / 9)
+    assert task.compute_metrics()(output(logits, [0, 1, 2, 0]))["f1"] == pytest.approx(5 / 9)
 
 
 def test_logits_that_come_with_hidden_states():
     task = task_of("classification", ("accuracy",), ("n", "y"))
     logits = np.eye(2)[[0, 1, 1]]
-    found = compute_metrics(task)(output((logits, np.zeros((3, 7, 8))), [0, 1, 0]))
+    found = task.compute_metrics()(output((logits, np.zeros((3, 7, 8))), [0, 1, 0]))
     assert found == {"accuracy": pytest.approx(2 / 3)}
 
 
 def test_correlations_by_hand():
     task = task_of("regression", ("pearson", "spearman"))
     scores = np.array([[1.0], [2.0], [3.0], [4.0]], dtype=np.float32)
-    found = compute_metrics(task)(output(scores, [1.0, 2.0, 3.0, 5.0]))
+    found = task.compute_metrics()(output(scores, [1.0, 2.0, 3.0, 5.0]))
     # Sums of products about the means 2.5 and 2.75: 6.5, 5 and 8.75. The order is the same.
     assert found == pytest.approx({"pearson": 6.5 / math.sqrt(5 * 8.75), "spearman": 1.0})
     # Ranks 1 2 3 4 against 2 1 4 3: 1 - 6 * 4 / (4 * 15).
-    found = compute_metrics(task)(output(scores, [2.0, 1.0, 9.0, 3.0]))
+    found = task.compute_metrics()(output(scores, [2.0, 1.0, 9.0, 3.0]))
     assert found["spearman"] == pytest.approx(0.6)
 
 
 def test_correlation_of_constant_scores_is_zero():
     task = task_of("regression", ("pearson", "spearman"))
-    found = compute_metrics(task)(output(np.ones((3, 1)), [1.0, 2.0, 3.0]))
+    found = task.compute_metrics()(output(np.ones((3, 1)), [1.0, 2.0, 3.0]))
     assert found == {"pearson": 0.0, "spearman": 0.0}
 
 
 def test_classification_keeps_its_logits():
-    assert preprocess_logits(task_of("classification", ("accuracy",), ("n", "y"))) is None
+    assert task_of("classification", ("accuracy",), ("n", "y")).preprocess_logits is None
 
 
 @pytest.mark.parametrize(
@@ -340,6 +329,6 @@ def test_classification_keeps_its_logits():
 def test_missing_metrics_package(monkeypatch, kind, package):
     monkeypatch.setitem(sys.modules, package, None)
     task = task_of(kind, ("f1",), ("O", "B-x"))
-    for check in (check_metrics, compute_metrics):
+    for check in (task.check_metrics, task.compute_metrics):
         with pytest.raises(RankwiseError, match=rf"need {package}, .* 'rankwise\[metrics\]'"):
-            check(task)
+            check()

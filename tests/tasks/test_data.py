@@ -11,7 +11,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from rankwise.errors import DataError
-from rankwise.tasks import data_collator, encode, from_description, load_task, load_tokenizer
+from rankwise.tasks import from_description, load_task, load_tokenizer
 from rankwise.tasks.columns import choose_columns
 from rankwise.tasks.files import read_file
 
@@ -413,10 +413,10 @@ def test_real_data(name, minilm):
     splits = (task.train, task.validation, task.test)
     assert tuple(split if split is None else len(split) for split in splits) == SIZES[name]
     tokenizer = load_tokenizer(minilm)
-    encoded = encode(task, task.train.select(range(50)), tokenizer)
+    encoded = task.encode(task.train.select(range(50)), tokenizer)
     assert len(encoded) == 50
     assert max(len(ids) for ids in encoded["input_ids"]) <= 128
-    batch = data_collator(task, tokenizer)([encoded[n] for n in range(50)])
+    batch = task.data_collator(tokenizer)([encoded[n] for n in range(50)])
     assert batch["input_ids"].shape == batch["attention_mask"].shape
     if task.kind == "tagging":
         words = sum(len(row["tokens"]) for row in task.train.select(range(50)))

@@ -12,15 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import EvalPrediction, PreTrainedTokenizerFast
 
 from rankwise.errors import DataError, ModelError
-from rankwise.tasks import (
-    Tagging,
-    compute_metrics,
-    data_collator,
-    encode,
-    load_model,
-    load_task,
-    load_tokenizer,
-)
+from rankwise.tasks import Tagging, load_model, load_task, load_tokenizer
 
 ROWS = [
     {"tokens": ["IL-2", "binds", "CD28", "."], "ner_tags": ["B-protein", "O", "B-protein", "O"]},
@@ -159,33 +151,33 @@ def test_texts_are_not_token_lists(load):
 def test_a_word_is_scored_on_its_first_token(load, minilm):
     task = load(ROWS, ROWS, "jnlpba")
     tokenizer = load_tokenizer(minilm)
-    encoded = encode(task, task.train, tokenizer)
+    encoded = task.encode(task.train, tokenizer)
     pieces = tokenizer.convert_ids_to_tokens(encoded[0]["input_ids"])
     assert " ".join(pieces) == "[CLS] il - 2 binds cd ##28 . [SEP]"
     protein = task.label_names.index("B-protein")
     assert encoded[0]["labels"] == [-100, protein, -100, -100, 0, protein, -100, 0, -100]
 
-    batch = data_collator(task, tokenizer)([encoded[0], encoded[1]])
+    batch = task.data_collator(tokenizer)([encoded[0], encoded[1]])
     assert batch["labels"].shape == batch["input_ids"].shape == (2, 9)
     assert batch["labels"][1].tolist()[4:] == [-100] * 5
 
 
 def test_words_beyond_max_length_are_counted(load, minilm, caplog):
     task = load(ROWS, ROWS, "jnlpba")
-    encoded = encode(task, task.train, load_tokenizer(minilm), max_length=6)
+    encoded = task.encode(task.train, load_tokenizer(minilm), max_length=6)
     assert encoded[0]["labels"] == [-100, 9, -100, -100, 0, -100]
     assert "1 of 2 rows have words that are not scored: beyond max_length=6" in caplog.text
 
 
 def test_every_word_gets_its_space_from_a_byte_level_tokenizer(load):
     task = load(ROWS, ROWS, "jnlpba")
-    encoded = encode(task, task.train, byte_level(add_prefix_space=False))
+    encoded = task.encode(task.train, byte_level(add_prefix_space=False))
     pieces = byte_level(False).convert_ids_to_tokens(encoded[1]["input_ids"])
     assert "".join(pieces) == "ĠTĠcells"
     start, inside = (task.label_names.index(f"{x}-cell_type") for x in "BI")
     assert encoded[1]["labels"] == [start, -100, inside, *[-100] * 5]
     # The same as a tokenizer that was loaded with add_prefix_space=True.
-    assert encoded[:] == encode(task, task.train, byte_level(add_prefix_space=True))[:]
+    assert encoded[:] == task.encode(task.train, byte_level(add_prefix_space=True))[:]
 
 
 def test_slow_tokenizer_is_refused(load):
@@ -198,7 +190,7 @@ def test_slow_tokenizer_is_refused(load):
 
     task = load(ROWS, ROWS, "jnlpba")
     with pytest.raises(ModelError, match="Slow cannot say which word a token is of"):
-        encode(task, task.train, Slow())
+        task.encode(task.train, Slow())
 
 
 def test_model_has_one_output_a_tag(load, minilm):
@@ -216,7 +208,7 @@ def measure(true, predicted, metrics=("f1", "precision", "recall", "accuracy")):
     task = Tagging("t", ("tokens",), "tags", names, metrics)
     labels = np.array([[-100 if t is None else names.index(t) for t in row] for row in true])
     logits = np.eye(len(names))[[[names.index(p) for p in row] for row in predicted]]
-    return compute_metrics(task)(EvalPrediction(predictions=logits, label_ids=labels))
+    return task.compute_metrics()(EvalPrediction(predictions=logits, label_ids=labels))
 
 
 def test_entities_count_only_whole():

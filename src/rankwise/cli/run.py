@@ -1,148 +1,167 @@
-"""`rankwise run`: search, retrain, train the controls, evaluate, report."""
+"""`rankwise run`: a method on your rows, beside its controls, evaluated and reported."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rankwise.cli import nested as dylora
-from rankwise.cli import stages
 from rankwise.cli.arguments import (
     ControlArguments,
     DataArguments,
     FitArguments,
-    LoraArguments,
     ModelArguments,
-    NestedArguments,
     OutputArguments,
-    SearchArguments,
-    parse,
     required,
 )
-from rankwise.cli.workspace import finish, open_workspace
-from rankwise.errors import RankwiseError
-from rankwise.methods import DyLoRA, Method
+from rankwise.cli.job import load, parse_job, settings_of
+from rankwise.errors import PlanError, RankwiseError
+from rankwise.methods import DEFAULT, METHODS, Method, by_name
 from rankwise.plan import RankPlan
-from rankwise.report import print_table, verdict
 
-TYPES = (
-    ModelArguments,
-    DataArguments,
-    LoraArguments,
-    SearchArguments,
-    NestedArguments,
-    ControlArguments,
-    FitArguments,
-    OutputArguments,
-)
+if TYPE_CHECKING:
+    from rankwise.job import Job
+    from rankwise.result import Result
 
 
 def main(argv: Sequence[str]) -> None:
-    """Choose ranks on your data, train an adapter at them, and compare it with plain LoRA."""
-    run("run", *parse("run", main.__doc__ or "", TYPES, argv))
+    """Fine-tune by a method on your data, and compare it with plain LoRA of the same size."""
+    parts = parse_job("run", main.__doc__ or "", argv, method=DEFAULT, more=[ControlArguments()])
+    run("run", *parts)
 
 
 def run(
     command: str,
+    method: Method,
     model: ModelArguments,
     data: DataArguments,
-    lora: LoraArguments,
-    search: SearchArguments,
-    nested: NestedArguments,
-    controls: ControlArguments,
     fit: FitArguments,
     output: OutputArguments,
+    controls: ControlArguments,
 ) -> Path:
     """The whole job, in stages that a resumed run does not repeat. Returns the output folder."""
     target = required(output.output_dir, "output_dir", command)
-    method = stages.search_method(search, nested)
-    wanted = _controls(controls, method)
-    job = stages.load_job(model, data, fit, command)
-    stages.check_training(job)
-    stages.check_search(job, lora, search, method, controls.control_r)
-    if isinstance(method, DyLoRA):
-        dylora.check_nested(job, lora, search, nested, method)
-    parts = (model, data, lora, search, nested, controls, fit)
-    settings = {k: v for part in parts for k, v in asdict(part).items()}
+    wanted = parse_controls(controls.control)
+    job = load(command, model, data, fit)
+    from rankwise import job as jobs
+    from rankwise.cli.show import console, report
+    from rankwise.report import verdict
+    from rankwise.workspace import finish, open_workspace
+
+    base = jobs.check(method, job)
+    for name, flags in wanted.values():
+        try:
+            jobs.check(_control(name, flags, method, None), job, base)
+        except PlanError:  # without flags of its own, whether it can be waits for the size
+            if flags:
+                raise
+    settings = settings_of(method, model, data, fit, controls)
     resume = output.resume_from_checkpoint
     work = open_workspace(target, output.overwrite_output_dir, resume, settings)
-
-    metrics: dict[str, Any] = {"command": command, **stages.describe_run(job)}
-    metrics |= {"lora": asdict(lora), "search": asdict(search), "resumed": resume}
-    rows = None  # of the training set: all
-    if isinstance(method, DyLoRA):
-        count = 1 + len(wanted)
-        ranks = f"ranks {method.r_min} to {lora.r} at once with {search.method}"
-        known = nested.nested_adapter is not None
-        _stage(1, count, "measuring what was trained already" if known else f"training {ranks}")
-        metrics |= dylora.nested_stage(job, lora, search, nested, method, work, resume)
-        # its rank was chosen on the other rows, and it is not retrained: controls get no more
-        rows = stages.split_rows(job, search, method).train
-    else:
-        count = 2 + len(wanted)
-        _stage(1, count, f"searching ranks 1 to {lora.r} with {search.method}")
-        metrics |= stages.search_stage(job, lora, search, method, work, resume)
-        plan = RankPlan.load(work / "plan.json")
-        _stage(2, count, "training the searched ranks from scratch on all training rows")
-        metrics |= stages.train_stage(job, plan, work, "plan", resume, lora.lora_dropout)
-    plan = RankPlan.load(work / "plan.json")
-    plans, results = {}, {}
-    for i, name in enumerate(wanted, 1 + count - len(wanted)):
-        if name == "random" and set(plan.ranks.values()) in ({1}, {plan.r}):
-            stages.console.print("no random control: there is one plan of this size alone")
-            continue
-        if name == "svd":
-            plans[name] = RankPlan.uniform(plan, plan.r)
-            _stage(i, count, f"training LoRA of rank {lora.r}, truncated by SVD")
-            results[name] = dylora.svd_stage(job, plans[name], work, resume, lora, rows)
-            continue
-        plans[name] = _control_plan(name, plan, controls.control_r, fit.seed)
-        _stage(i, count, f"training {_label(name, plans[name])} from scratch on the same rows")
-        dropout = lora.lora_dropout
-        results[name] = stages.train_stage(job, plans[name], work, name, resume, dropout, rows)
-    for name, figures in results.items():
-        plans[name].save(work / "controls" / f"{name}.json")
-        # the first control is the one that others look for under `control`
-        key = "control" if "control" not in metrics else f"{name}_control"
-        metrics[key] = {"name": _label(name, plans[name]), "search_seconds": 0.0, **figures}
-    arms = {search.method: metrics} | {_label(n, plans[n]): f for n, f in results.items()}
-    said = verdict(arms, job.task, trained_at_once=isinstance(method, DyLoRA))
-    stages.write_results(job, work, plan, metrics | {"verdict": said}, arms)
-    if isinstance(method, DyLoRA):
-        dylora.plot(metrics, plan, work / "curve.png")
+    count = 1 + len(wanted)
+    console.print(f"[bold]1/{count}[/bold] {method.title}")
+    ours = jobs.run_method(method, job, work, resume, base)
+    results: list[Result] = []
+    for number, (arm, (name, flags)) in enumerate(wanted.items(), 2):
+        control = _control(name, flags, method, ours.lora_parameters)
+        console.print(f"[bold]{number}/{count}[/bold] {control.title}, on the same rows")
+        if (found := _train_control(control, method, job, work, arm, resume)) is not None:
+            results.append(found)
+    ours = ours.with_controls(results, verdict(ours, results))
+    report(ours, work)
     folder = finish(work, target)
-    if isinstance(method, DyLoRA):
-        dylora.report(metrics, plan, folder)
-    print_table(arms, job.task)
-    stages.console.print(said)
-    stages.console.print(f"plan.json, adapter/, metrics.json and ranks.png are in {folder}")
+    show(ours, folder)
     return folder
 
 
-def _controls(controls: ControlArguments, method: Method) -> list[str]:
-    known = ["uniform", "random", *(["svd"] if isinstance(method, DyLoRA) else [])]
-    wanted = [name for name in dict.fromkeys(controls.control) if name != "none"]
-    if odd := [name for name in wanted if name not in known]:
-        raise RankwiseError(f"--control {odd[0]!r} is unknown; take {', '.join(known)} or none")
-    if controls.control_r is not None and controls.control_r < 1:
-        raise RankwiseError(f"--control_r is {controls.control_r}; it has to be at least 1")
-    return wanted
+def parse_controls(specs: Sequence[str]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """The method and flags of every control, by a name for its files: `lora`, then `lora-2`, ..."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for spec in dict.fromkeys(specs):
+        if spec != "none":
+            name, flags = parse_control(spec)
+            count = 1 + sum(name == other for other, _ in found.values())
+            found[name if count == 1 else f"{name}-{count}"] = name, flags
+    return found
 
 
-def _control_plan(name: str, plan: RankPlan, control_r: int | None, seed: int) -> RankPlan:
-    if name == "random":
-        return RankPlan.random(plan, seed)
-    one = RankPlan.uniform(plan, 1).parameters
-    return RankPlan.uniform(plan, control_r or max(1, round(plan.parameters / one)))
+def parse_control(spec: str) -> tuple[str, dict[str, Any]]:
+    """`lora:r=4,lora_dropout=0.1` as a method's name and flags.
 
+    Raises:
+        RankwiseError: no such method or flag, or a value that is none.
+    """
+    from rankwise.cli.flags import Group, parse
 
-def _label(name: str, plan: RankPlan) -> str:
-    if name == "svd":
-        return f"LoRA r={plan.r}, truncated by SVD"
+    name, _, given = spec.partition(":")
     if name == "uniform":
-        return f"uniform r={plan.provenance['r']}"
-    return "random plan, same size"
+        raise RankwiseError("--control uniform is now --control lora")
+    if name not in METHODS:
+        raise RankwiseError(f"--control has no {name!r}; take none, or {', '.join(METHODS)}")
+    pairs = [pair for pair in given.split(",") if pair]
+    if not all("=" in pair for pair in pairs):
+        raise RankwiseError(f"--control {spec} is not of the form name:flag=value,...")
+    keys = [pair.partition("=")[0] for pair in pairs]
+    like = by_name(name)
+    like.with_flags(**{key: getattr(like, key, None) for key in keys})  # refuses unknown ones
+    flags = [f"--{pair}" for pair in pairs]
+    (found,) = parse(f"run --control {name}", "", [Group(name, like)], flags)
+    return name, {key: getattr(found, key) for key in keys}
 
 
-def _stage(number: int, count: int, text: str) -> None:
-    stages.console.print(f"[bold]{number}/{count}[/bold] {text}")
+def _control(name: str, flags: dict[str, Any], method: Method, budget: int | None) -> Method:
+    """A control at the method's size and scaling, unless flags or its name say a size."""
+    from rankwise.job import with_method
+
+    given = by_name(name, **flags)
+    if getattr(given, "plan", None) is not None:  # decides all that a control takes over
+        return given
+    sizes = ("budget", "rank", "energy")
+    sized = "r" in flags or any(getattr(given, size, None) is not None for size in sizes)
+    control: Any = with_method(name, method, None if sized else budget)
+    if "r" in flags and getattr(control, "lora_alpha", None) is not None:
+        # alpha was the method's at its r: the scaling stays, whatever r the control has
+        flags = {"lora_alpha": control.lora_alpha * flags["r"] / control.r, **flags}
+    return control.with_flags(**flags)
+
+
+def _train_control(
+    control: Method, method: Method, job: "Job", work: Path, arm: str, resume: bool
+) -> "Result | None":
+    """The control's result; None, and a line that says why, where there is none of this size."""
+    from rankwise.cli.show import console
+    from rankwise.job import run_method, split_rows
+
+    # a method that hands over what it trained saw these rows alone, so its controls get no others
+    rows = None if method.anew else split_rows(method, job).train
+    folder = work / "arms" / arm
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        result = run_method(control, job, folder, resume, rows=rows)
+    except PlanError as error:
+        console.print(f"no {arm} control: {error}")
+        return None
+    if (folder / "plan.json").is_file():
+        RankPlan.load(folder / "plan.json").save(work / "controls" / f"{arm}.json")
+    return result
+
+
+def show(result: "Result", folder: Path) -> None:
+    """Prints a finished run: curve, table, verdict, and where things are."""
+    from rankwise.choose import Curve
+    from rankwise.cli.show import console
+    from rankwise.job import OTHER_SIZES
+    from rankwise.report import choice, print_curve, print_table
+
+    if result.curve is not None:
+        print_curve(Curve.from_dict(result.curve))
+    print_table([result, *result.controls])
+    for said in filter(None, (choice(result), result.verdict)):
+        console.print(said)
+    more = next((name for name in OTHER_SIZES if (folder / name).is_dir()), None)
+    if more is not None:
+        console.print(f"every other size is in {folder / more}, cut in seconds and without data:")
+        curve = result.curve or {}
+        least = curve["sizes"][0] if curve.get("unit") == "rank" else 1
+        command = f"rankwise cut --adapter {folder} --rank {least} --output_dir DIR"
+        console.print(f"  {command}", soft_wrap=True)
+    made = ", ".join(path.name for path in sorted(folder.iterdir()))
+    console.print(f"in {folder}: {made}")

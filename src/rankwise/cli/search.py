@@ -1,79 +1,59 @@
 """`rankwise search`: choose ranks, write plan.json."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rankwise.cli import nested as dylora
-from rankwise.cli import stages
-from rankwise.cli.arguments import (
-    DataArguments,
-    FitArguments,
-    LoraArguments,
-    ModelArguments,
-    NestedArguments,
-    OutputArguments,
-    SearchArguments,
-    parse,
-    required,
-)
-from rankwise.cli.workspace import finish, open_workspace
-from rankwise.methods import DyLoRA
-from rankwise.plan import RankPlan
+from rankwise.cli.arguments import required
+from rankwise.cli.job import load, parse_job, settings_of
+from rankwise.errors import RankwiseError
+from rankwise.methods import DEFAULT_SEARCH
 
-TYPES = (
-    ModelArguments,
-    DataArguments,
-    LoraArguments,
-    SearchArguments,
-    NestedArguments,
-    FitArguments,
-    OutputArguments,
-)
+if TYPE_CHECKING:
+    from rankwise.plan import RankPlan
 
 
 def main(argv: Sequence[str]) -> None:
     """Choose the rank of every layer from your data, and write the plan.
 
-    With --method dylora also the adapter at the picked rank, and the nested one that
-    `rankwise truncate` cuts every other rank from.
+    With a method whose one training gives every size, also the adapter at the chosen one, and what
+    `rankwise cut` makes the others from.
     """
-    model, data, lora, search, nested, fit, output = parse(
-        "search", main.__doc__ or "", TYPES, argv
-    )
+    parts = parse_job("search", main.__doc__ or "", argv, method=DEFAULT_SEARCH)
+    method, model, data, fit, output = parts
     target = required(output.output_dir, "output_dir", "search")
-    method = stages.search_method(search, nested)
-    job = stages.load_job(model, data, fit, "search")
-    stages.check_training(job)
-    stages.check_search(job, lora, search, method)
-    if isinstance(method, DyLoRA):
-        dylora.check_nested(job, lora, search, nested, method)
-    parts = (model, data, lora, search, nested, fit)
-    settings = {k: v for part in parts for k, v in asdict(part).items()}
+    if not method.chooses:
+        raise RankwiseError(f"{method.title} chooses nothing; use rankwise run --method ...")
+    job = load("search", model, data, fit)
+    from rankwise import job as jobs
+    from rankwise.cli.run import show
+    from rankwise.cli.show import console, report
+    from rankwise.files import write_json
+    from rankwise.plan import RankPlan
+    from rankwise.report import save_heatmap
+    from rankwise.workspace import finish, open_workspace
+
+    base = jobs.check(method, job)
     resume = output.resume_from_checkpoint
+    settings = settings_of(method, model, data, fit)
     work = open_workspace(target, output.overwrite_output_dir, resume, settings)
-    metrics = {
-        "command": "search",
-        **stages.describe_run(job),
-        "lora": asdict(lora),
-        "search": asdict(search),
-        "resumed": resume,
-    }
-    arms = {}
-    if isinstance(method, DyLoRA):
-        metrics |= dylora.nested_stage(job, lora, search, nested, method, work, resume)
-        arms = {search.method: metrics}
+    if method.anew:
+        plan, found = jobs.choose_stage(method, job, work, resume, base)
+        write_json(work / "metrics.json", found | {"ranks": plan.ranks})
+        save_heatmap(plan, work / "ranks.png")
+        folder = finish(work, target)
     else:
-        metrics |= stages.search_stage(job, lora, search, method, work, resume)
-    plan = RankPlan.load(work / "plan.json")
-    metrics |= {"lora_parameters": plan.parameters}
-    stages.write_results(job, work, plan, metrics, arms)
-    if isinstance(method, DyLoRA):
-        dylora.plot(metrics, plan, work / "curve.png")
-    folder = finish(work, target)
-    if isinstance(method, DyLoRA):
-        dylora.report(metrics, plan, folder)
+        result = jobs.run_method(method, job, work, resume, base)
+        report(result, work)
+        folder = finish(work, target)
+        show(result, folder)
+    console.print(summary(RankPlan.load(folder / "plan.json"), folder))
+
+
+def summary(plan: "RankPlan", folder: Path) -> str:
+    """A plan in a line."""
     ranks = list(plan.ranks.values())
-    stages.console.print(
+    return (
         f"ranks {min(ranks)} to {max(ranks)}, mean {sum(ranks) / len(ranks):.2f}, "
         f"{plan.parameters:,} parameters -> {folder / 'plan.json'}"
     )

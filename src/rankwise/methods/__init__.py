@@ -1,11 +1,23 @@
-"""The methods by the names that `search(method=...)` and `--method` take; one file each."""
+"""The methods by the names that `fit`, `search` and `--method` take. This is the one place that
+lists them; each is a file in this folder, and its fields are its flags."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from rankwise.errors import RankwiseError
 from rankwise.methods.autolora import AutoLoRA
+from rankwise.methods.base import Kept, LoraMethod, Method, Setting
 from rankwise.methods.dylora import DyLoRA
-
-Method = AutoLoRA | DyLoRA
+from rankwise.methods.lora import LoRA, LoraGrid, RandomPlan
+from rankwise.methods.svd import SvdCut
 
 METHODS: dict[str, Method] = {
+    "lora": LoRA(),
+    "lora-grid": LoraGrid(),
+    "random": RandomPlan(),
+    "svd": SvdCut(),
+    "svd-energy": SvdCut(energy=0.9),
+    "svd-threshold": SvdCut(threshold=True),
     "autolora": AutoLoRA(),
     "autolora-unconstrained": AutoLoRA(gate="unconstrained"),
     "autolora-sigmoid": AutoLoRA(gate="sigmoid"),
@@ -14,4 +26,58 @@ METHODS: dict[str, Method] = {
     "dylora-frozen": DyLoRA(frozen=True),
 }
 
-__all__ = ["METHODS", "AutoLoRA", "DyLoRA", "Method"]
+DEFAULT = "autolora"  # of fit and run
+DEFAULT_SEARCH = "autolora"  # of search
+
+_CLASSES = {type(method).__name__: type(method) for method in METHODS.values()}
+
+
+def by_name(method: str | Method, **flags: Any) -> Method:
+    """The method of that name, or the one that is given, with other values of some flags.
+
+    Raises:
+        RankwiseError: no such name, no such flag, or a value out of range.
+
+    Example:
+        >>> by_name("lora", r=4).r
+        4
+    """
+    if isinstance(method, Method):
+        return method.with_flags(**flags)
+    if method not in METHODS:
+        raise RankwiseError(f"method is {method!r}; give one of {', '.join(METHODS)}")
+    return METHODS[method].with_flags(**flags)
+
+
+def from_description(about: Any) -> Method:
+    """The method that `Method.describe` wrote down.
+
+    Raises:
+        RankwiseError: no such method, or flags that it does not have.
+    """
+    settings = dict(about) if isinstance(about, Mapping) else {}
+    kind = _CLASSES.get(settings.pop("name", ""))
+    if kind is None:
+        raise RankwiseError(
+            f"{about!r} describes no method; there are {', '.join(sorted(_CLASSES))}"
+        )
+    return kind().with_flags(**settings)
+
+
+__all__ = [
+    "DEFAULT",
+    "DEFAULT_SEARCH",
+    "METHODS",
+    "AutoLoRA",
+    "DyLoRA",
+    "Kept",
+    "LoRA",
+    "LoraGrid",
+    "LoraMethod",
+    "Method",
+    "RandomPlan",
+    "Setting",
+    "SvdCut",
+    "by_name",
+    "from_description",
+]

@@ -2,7 +2,7 @@
 
 `rankwise.fit` and `rankwise.search` run the slots in this order, and know no method by name:
 
-    plan    = method.start(model)                       # the ranks that it trains at, if any
+    plan    = method.start(model, setting)              # the ranks that it trains at, if any
     adapted = method.attach(model, plan, setting)       # what becomes trainable
     trainer = method.trainer(adapted, plan, setting)    # how that moves
     kept    = method.keep(trainer, plan, setting)       # which ranks stay, by held-out rows
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import Trainer, TrainingArguments
 
-    from rankwise.nested import Curve
+    from rankwise.choose import Curve
     from rankwise.plan import RankPlan
 
 AnyMethod = TypeVar("AnyMethod", bound="Method")
 
 
-def flag(default: Any, text: str) -> Any:
-    """A field of a method: its default, and its help on the command line."""
-    return field(default=default, metadata={"help": text})
+def flag(default: Any, text: str, *, path: bool = False) -> Any:
+    """A field of a method: its default, its help on the command line, and whether it is a path."""
+    return field(default=default, metadata={"help": text, "path": path})
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Setting:
         metric: what sizes are compared by, as `compute_metrics` names it, or "loss".
         greater_is_better: its direction.
         options: for Trainer: `data_collator`, `compute_metrics`, `callbacks`, ...
+        provenance: where a plan that comes of it is from, as JSON holds it.
         configuration: what a checkpoint has to agree with to be resumed.
     """
 
@@ -58,6 +59,7 @@ class Setting:
     metric: str = "loss"
     greater_is_better: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
     configuration: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -69,11 +71,13 @@ class Kept:
         plan: the ranks that stay; None where the method has no ranks.
         curve: the quality of every size that was compared, where some were.
         figures: more that the choice rests on, as JSON holds it.
+        found: what `hand_over` of the same method needs of it.
     """
 
     plan: "RankPlan | None" = None
     curve: "Curve | None" = None
     figures: Mapping[str, Any] = field(default_factory=dict)
+    found: Any = None
 
 
 @dataclass(frozen=True)
@@ -83,21 +87,35 @@ class Method:
     Attributes that are no flags, stated by a class about itself:
         title: its name in tables and cards.
         source: where it is described.
+        claim: what has to pay for the method to be worth it, for the verdict; "" for a baseline.
         anew: whether the kept plan is trained from scratch, on all rows, as plain LoRA.
         chooses: whether `keep` needs held-out rows.
         resumable: whether a checkpoint of its training can be gone on with.
+        product: name of the folder that `hand_over` writes.
+        stock: who reads that without rankwise: "peft", "transformers", or "" for nobody.
     """
 
     title: ClassVar[str] = ""
     source: ClassVar[str] = ""
+    claim: ClassVar[str] = ""
     anew: ClassVar[bool] = False
     chooses: ClassVar[bool] = False
     resumable: ClassVar[bool] = True
-    validation_fraction: ClassVar[float] = 0.1
+    product: ClassVar[str] = "adapter"
+    stock: ClassVar[str] = "peft"
+
+    @property
+    def held_out_share(self) -> float:
+        """Share of the training rows that the method chooses on, where it chooses."""
+        return float(getattr(self, "validation_fraction", 0.1))
 
     def describe(self) -> dict[str, Any]:
-        """The class and its flags, as JSON holds them."""
-        return {"name": type(self).__name__, **asdict(self)}
+        """The class and its flags, as JSON holds them; of a path the last part alone."""
+        flags = asdict(self)
+        for f in fields(self):
+            if f.metadata.get("path") and flags[f.name] is not None:
+                flags[f.name] = Path(flags[f.name]).name
+        return {"name": type(self).__name__, **flags}
 
     def with_flags(self: AnyMethod, **flags: Any) -> AnyMethod:
         """The same with other values of some flags.
@@ -113,14 +131,14 @@ class Method:
             )
         return replace(self, **flags)
 
-    def check(self, model: "nn.Module", args: "TrainingArguments") -> None:
+    def check(self, model: "nn.Module", setting: Setting) -> None:
         """Raises RankwiseError, before any long work, where the method cannot do what is asked."""
 
     def arguments(self, args: "TrainingArguments") -> "TrainingArguments":
         """The user's TrainingArguments with what the method needs; refused where it cannot work."""
         return args
 
-    def start(self, model: "nn.Module") -> "RankPlan | None":
+    def start(self, model: "nn.Module", setting: Setting) -> "RankPlan | None":
         """The ranks that are trained; None for a method without ranks."""
         return None
 
@@ -132,38 +150,60 @@ class Method:
         """The Trainer that moves the parameters; it is not started here."""
         from rankwise.trainer import FiniteTrainer
 
-        return FiniteTrainer(model, setting.args, train_dataset=setting.train, **setting.options)
+        return FiniteTrainer(
+            model,
+            setting.args,
+            configuration=setting.configuration or None,
+            train_dataset=setting.train,
+            **setting.options,
+        )
 
     def keep(self, trainer: "Trainer", plan: "RankPlan | None", setting: Setting) -> Kept:
         """The ranks that stay after training."""
         return Kept(plan)
 
-    def choose(self, model: "nn.Module", setting: Setting, checkpoint: str | None = None) -> Kept:
+    def choose(
+        self, model: "nn.Module", setting: Setting, resume: str | bool | None = None
+    ) -> Kept:
         """Attach, train and keep in one: what a search is. The model is as before afterwards.
 
         Args:
             model: base model.
             setting: with held-out rows where the method chooses.
-            checkpoint: a folder to go on from.
+            resume: a checkpoint folder to go on from, or True for the last one.
         """
         from transformers import set_seed
 
         from rankwise.lora import restored
+        from rankwise.trainer import run_training
 
-        plan = self.start(model)
+        plan = self.start(model, setting)
         set_seed(setting.args.seed)
         with restored(model):
             trainer = self.trainer(self.attach(model, plan, setting), plan, setting)
-            trainer.train(resume_from_checkpoint=checkpoint)
+            run_training(trainer, resume)
             return self.keep(trainer, plan, setting)
 
     def hand_over(self, trainer: "Trainer", kept: Kept, folder: Path) -> None:
-        """Writes `folder/adapter`, and leaves `trainer.model` computing what the adapter does."""
+        """Writes `folder/<product>`, and leaves `trainer.model` computing what lies there."""
         model = trainer.accelerator.unwrap_model(trainer.model)
-        model.save_pretrained(str(folder / "adapter"))
+        model.save_pretrained(str(folder / self.product))
+
+    def label(self, plan: "RankPlan | None") -> str:
+        """What tables call an arm that this method trained."""
+        return self.title
+
+    def says(self, plan: "RankPlan") -> str:
+        """What a card says of where a plan's ranks come from."""
+        return self.title
 
     def load(self, model: "nn.Module", folder: Path) -> "nn.Module":
-        """A base model with the adapter that `hand_over` wrote into `folder`."""
+        """A base model with what `hand_over` wrote.
+
+        Args:
+            model: base model; it may be changed.
+            folder: the one named `product`.
+        """
         from peft import PeftModel
 
         return PeftModel.from_pretrained(model, str(folder))
@@ -201,12 +241,13 @@ class LoraMethod(Method):
         """lora_alpha / r, kept by every module whatever rank it ends at."""
         return 2.0 if self.lora_alpha is None else self.lora_alpha / self.r
 
-    def start(self, model: "nn.Module") -> "RankPlan | None":
+    def start(self, model: "nn.Module", setting: Setting) -> "RankPlan":
         from rankwise.lora import uniform
 
-        return uniform(
+        plan = uniform(
             model, self.r, target_modules=self.target_modules, lora_alpha=self.lora_alpha
         )
+        return replace(plan, provenance={})  # the run's own says more
 
     def attach(self, model: "nn.Module", plan: "RankPlan | None", setting: Setting) -> "nn.Module":
         from rankwise.lora import build

@@ -3,9 +3,10 @@
 from rankwise.report.card import write_card
 from rankwise.report.curves import draw_curves, save_curves
 from rankwise.report.heatmap import save_heatmap
-from rankwise.report.table import print_curve, print_cuts, print_table, verdict
+from rankwise.report.table import choice, print_curve, print_cuts, print_table, verdict
 
 __all__ = [
+    "choice",
     "draw_curves",
     "print_curve",
     "print_cuts",

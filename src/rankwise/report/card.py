@@ -1,66 +1,68 @@
 """The model card of an adapter: what it is, its ranks, its figures and those of the controls."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rankwise.adapter import card_header
+from rankwise.errors import RankwiseError
 from rankwise.files import write_text
-from rankwise.methods import AutoLoRA
+from rankwise.methods import from_description
 from rankwise.plan import RankPlan
 from rankwise.report.heatmap import grid
-from rankwise.tasks import Task
+from rankwise.result import Result
+
+# How a method's product is loaded, by who reads it.
+LOADED = {
+    "peft": "A stock PEFT adapter: load it with `PeftModel.from_pretrained(base, folder)`.",
+    "transformers": "A stock model: load it with transformers' `from_pretrained(folder)`.",
+    "": "Load it with `rankwise evaluate`, or through the method's own `load`.",
+}
 
 
-def write_card(
-    folder: Path,
-    plan: RankPlan,
-    metrics: dict[str, Any],
-    task: Task,
-    arms: dict[str, dict[str, Any]],
-) -> None:
+def write_card(folder: Path, result: Result, plan: RankPlan | None) -> None:
     """Writes README.md into an adapter's folder, in place of PEFT's empty one.
 
     Args:
         folder: of the adapter.
-        plan: its ranks.
-        metrics: of metrics.json: the training settings and the evaluation.
-        task: what it was trained for.
-        arms: figures by arm, controls included.
+        result: its record, with the controls'.
+        plan: its ranks; None for a method without.
     """
-    model = metrics["model"]
-    config = json.loads((folder / "adapter_config.json").read_text())
+    method = from_description(result.method)
+    config = folder / "adapter_config.json"
+    base = json.loads(config.read_text()).get("base_model_name_or_path") if config.exists() else ""
+    ranks = [] if plan is None else ["## Ranks", "", *_rank_table(plan), ""]
+    scaling = "" if plan is None else f" Scaling {plan.scaling:g} (lora_alpha / r) in every layer."
+    kind = "LoRA adapter" if plan is not None else f"{result.name}, {method.product}"
     body = [
-        f"# LoRA adapter for {model} on {task.name}",
+        f"# {kind} for {result.model} on {result.task['name']}",
         "",
-        "A stock PEFT adapter: load it with `PeftModel.from_pretrained(base, folder)`.",
-        _choice(plan),
+        LOADED[method.stock],
+        f"It has {result.trainable_parameters:,} trained parameters, task head included."
+        if plan is None
+        else _choice(plan),
         "",
-        "## Ranks",
+        *ranks,
+        f"## Figures on {result.rows['evaluated']} {result.split} rows, one seed",
         "",
-        *_rank_table(plan),
-        "",
-        f"## Figures on {metrics['eval']['rows']} {metrics['eval']['split']} rows, one seed",
-        "",
-        *_figures(task, arms),
+        *_figures([result, *result.controls]),
         "",
         "## Training",
         "",
-        f"{_training(metrics)} Scaling {plan.scaling:g} (lora_alpha / r) in every layer.",
+        f"{_training(result)}{scaling}",
         "",
     ]
-    header = card_header(config["base_model_name_or_path"])
-    write_text(folder / "README.md", header + "\n".join(body))
+    write_text(folder / "README.md", card_header(base) + "\n".join(body))
 
 
-def _training(metrics: dict[str, Any]) -> str:
-    if metrics["steps"] == 0:
+def _training(result: Result) -> str:
+    if result.cost["steps"] == 0:
         return "Cut out of an adapter that an earlier run had trained."
-    training = metrics["training"]
+    training = result.training
     rows = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
     return (
-        f"AdamW, learning rate {training['learning_rate']:g}, {metrics['steps']} steps of {rows} "
-        f"rows per device, seed {training['seed']}."
+        f"AdamW, learning rate {training['learning_rate']:g}, {result.cost['steps']} steps of "
+        f"{rows} rows per device, seed {training['seed']}."
     )
 
 
@@ -68,23 +70,18 @@ def _choice(plan: RankPlan) -> str:
     ranks = set(plan.ranks.values())
     size = f"({plan.parameters:,} LoRA parameters)"
     if len(ranks) == 1:
-        method = plan.provenance.get("method")
-        cut = isinstance(method, dict) and method.get("name") == "dylora"
-        how = f", cut from a DyLoRA training of ranks up to {plan.r}" if cut else ""
+        whole = plan.r > max(ranks) and "trained_ranks" in plan.provenance
+        how = f", cut out of a training of ranks up to {plan.r}" if whole else ""
         return f"Every adapted module has rank {ranks.pop()}{how} {size}."
     return f"Its ranks differ by layer {size}; they come from {_method(plan)}."
 
 
 def _method(plan: RankPlan) -> str:
-    method = plan.provenance.get("method")
-    if not isinstance(method, dict):
-        return f"a {method} plan" if method else "a plan made by hand"
-    if method.get("name") == "dylora":
-        return "a DyLoRA training of all ranks, chosen within a budget"
-    learned = AutoLoRA(**method)
-    gates = [(e.rank, e.gate) for e in plan.modules.values() if e.gate is not None]
-    edited = any(r != len(learned.kept(list(gate))) for r, gate in gates)
-    return f"AutoLoRA ({learned.gate} gate)" + (", edited by hand since" if edited else "")
+    try:
+        return from_description(plan.provenance.get("method")).says(plan)
+    except RankwiseError:
+        method = plan.provenance.get("method")
+        return f"a {method} plan" if isinstance(method, str) else "a plan made by hand"
 
 
 def _rank_table(plan: RankPlan) -> list[str]:
@@ -96,12 +93,13 @@ def _rank_table(plan: RankPlan) -> list[str]:
     return lines
 
 
-def _figures(task: Task, arms: dict[str, dict[str, Any]]) -> list[str]:
+def _figures(results: Sequence[Result]) -> list[str]:
+    metrics = results[0].task["metrics"]
     lines = [
-        "| ranks | " + " | ".join(task.metrics) + " | trainable parameters |",
-        "| --- |" + " ---: |" * (len(task.metrics) + 1),
+        "| method | " + " | ".join(metrics) + " | trainable parameters |",
+        "| --- |" + " ---: |" * (len(metrics) + 1),
     ]
-    for name, figures in arms.items():
-        cells = [f"{figures['eval'][m]:.4f}" if m in figures["eval"] else "" for m in task.metrics]
-        lines.append(f"| {name} | {' | '.join(cells)} | {figures['trainable_parameters']:,} |")
+    for result in results:
+        cells = [f"{result.metrics[m]:.4f}" if m in result.metrics else "" for m in metrics]
+        lines.append(f"| {result.name} | {' | '.join(cells)} | {result.trainable_parameters:,} |")
     return lines

@@ -1,4 +1,4 @@
-"""The figure of a metric against the rank."""
+"""The figure of a metric against the rank, or another size."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from rankwise.files import temporary_name
 
 Series = tuple[Sequence[int], Sequence[float], Sequence[float]]
-"""Ranks, values, and the half-width of the band around each value."""
+"""Sizes, values, and the half-width of the band around each value."""
 
 
 def save_curves(
@@ -17,15 +17,17 @@ def save_curves(
     *,
     mark: int | None = None,
     spread: str,
+    unit: str = "rank",
 ) -> bool:
-    """Draws a metric against the rank. Needs matplotlib (`pip install 'rankwise[plots]'`).
+    """Draws a metric against the size. Needs matplotlib (`pip install 'rankwise[plots]'`).
 
     Args:
         series: by label, in the order of the legend.
         metric: label of the vertical axis.
         path: a .png.
-        mark: a rank to point out, the picked one.
+        mark: a size to point out, the picked one.
         spread: what the bands are, for the caption.
+        unit: of the sizes.
 
     Returns:
         False where matplotlib is not installed and nothing was drawn.
@@ -51,7 +53,7 @@ def save_curves(
             textcoords="offset points",
             ha="right" if late else "left",
         )
-    axes.set_xlabel("rank")
+    axes.set_xlabel(unit)
     axes.set_ylabel(metric)
     axes.set_title(f"bands: one {spread}", fontsize="small", color="0.4", loc="right")
     with temporary_name(path) as temporary:

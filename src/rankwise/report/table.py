@@ -1,120 +1,125 @@
-"""The table of a run and the sentence under it."""
+"""The tables of a run, a curve and a cut, and the sentence under them; from result records only."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from rankwise.tasks import Task
+from rankwise.choose import Curve
+from rankwise.result import Result
+from rankwise.tasks.metrics import find_metric
 
 
-def print_table(
-    arms: dict[str, dict[str, Any]], task: Task, console: Console | None = None
-) -> None:
-    """Prints one row per arm: metrics, parameters, seconds, peak memory.
+def _table(**options: Any) -> Table:
+    return Table(title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), **options)
+
+
+def print_table(results: Sequence[Result], console: Console | None = None) -> None:
+    """Prints one row per result: metrics, parameters, seconds, peak memory.
 
     Args:
-        arms: figures by the arm's name, as `metrics.json` holds them.
-        task: names the metrics.
+        results: on the same rows.
         console: standard output where None.
     """
-    console = console or Console()
-    first = next(iter(arms.values()))["eval"]
-    rows = f"{first['rows']:,} {first['split']} rows"
-    table = Table(
-        title=f"{task.name}: {rows}, one seed",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("ranks", min_width=11)
-    metrics = [name for name in task.metrics if name in first]
+    first = results[0]
+    rows = f"{first.rows['evaluated']:,} {first.split} rows"
+    table = _table(title=f"{escape(first.task['name'])}: {rows}, one seed")
+    table.add_column("method", min_width=11)
+    metrics = [name for name in first.task["metrics"] if name in first.metrics]
     named = (name.replace("_", "\n") for name in metrics)
     for header in (*named, "trainable\nparameters", "search\ns", "train\ns", "peak\nGiB"):
         table.add_column(header, justify="right", no_wrap=True)
-    for name, figures in arms.items():
-        peak = max(figures["peak_memory_bytes"], figures.get("search_peak_memory_bytes", 0))
+    for result in results:
+        cost = result.cost
+        peak = max(cost["peak_memory_bytes"], cost.get("search_peak_memory_bytes", 0))
         table.add_row(
-            name,
-            *(f"{figures['eval'][metric]:.4f}" for metric in metrics),
-            f"{figures['trainable_parameters']:,}",
-            f"{figures.get('search_seconds', 0.0):.0f}",
-            f"{figures['train_seconds']:.0f}",
+            escape(result.name),
+            *(f"{result.metrics[metric]:.4f}" for metric in metrics),
+            f"{result.trainable_parameters:,}",
+            f"{cost['search_seconds']:.0f}",
+            f"{cost['train_seconds']:.0f}",
             f"{peak / 2**30:.2f}",
         )
-    console.print(table)
-
-
-def print_curve(figures: dict[str, Any], console: Console | None = None) -> None:
-    """Prints the quality of a nested adapter at every rank: metrics and standard error.
-
-    Args:
-        figures: of metrics.json; its `curve` is `rankwise.Curve.to_dict()`.
-        console: standard output where None.
-    """
-    found = figures["curve"]
-    names = [found["metric"], *(n for n in found["metrics"][0] if n != found["metric"])]
-    table = Table(
-        title=f"every rank, {found['rows']:,} validation rows",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("rank", justify="right")
-    for name in (names[0], "± s.e.", *names[1:]):
-        table.add_column(name.replace("_", "\n"), justify="right", no_wrap=True)
-    for rank, metrics, error in zip(
-        found["ranks"], found["metrics"], found["standard_errors"], strict=True
-    ):
-        rest = (f"{metrics[name]:.4f}" for name in names[1:])
-        table.add_row(str(rank), f"{metrics[names[0]]:.4f}", f"{error:.4f}", *rest)
     (console or Console()).print(table)
 
 
-def print_cuts(cuts: dict[str, Any], console: Console | None = None) -> None:
-    """Prints what a truncation did to every module.
+def print_curve(curve: Curve, console: Console | None = None) -> None:
+    """Prints the quality of one adapter at every size: metrics and standard error.
+
+    Args:
+        curve: what was measured.
+        console: standard output where None.
+    """
+    one = "rank" if curve.unit == "rank" else "size"
+    table = _table(title=f"every {one}, {curve.rows:,} validation rows")
+    table.add_column(curve.unit, justify="right")
+    others = [name for name in curve.metrics[0] if name != curve.metric]
+    for name in (curve.metric, "± s.e.", *others):
+        table.add_column(name.replace("_", "\n"), justify="right", no_wrap=True)
+    for size, metrics, error in zip(curve.sizes, curve.metrics, curve.standard_errors, strict=True):
+        rest = (f"{metrics[name]:.4f}" for name in others)
+        table.add_row(f"{size:,}", f"{metrics[curve.metric]:.4f}", f"{error:.4f}", *rest)
+    (console or Console()).print(table)
+
+
+def print_cuts(cuts: Mapping[str, Any], console: Console | None = None) -> None:
+    """Prints what a cut did to every module.
 
     Args:
         cuts: `rankwise.adapter.Cut` by module.
         console: standard output where None.
     """
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = _table()
     for header in ("module", "rank before", "rank", "lost"):
         table.add_column(header, justify="left" if header == "module" else "right")
     for name, cut in cuts.items():
         lost = "trained" if cut.lost is None else f"{100 * cut.lost:.1f} %"
-        table.add_row(name, str(cut.rank_before), str(cut.rank), lost)
+        table.add_row(escape(name), str(cut.rank_before), str(cut.rank), lost)
     (console or Console()).print(table)
 
 
-def verdict(arms: dict[str, dict[str, Any]], task: Task, trained_at_once: bool = False) -> str:
-    """Whether choosing ranks helped, in a sentence that does not flatter.
+def choice(result: Result) -> str:
+    """What was picked out of several sizes and by what, in words; "" where nothing was."""
+    figures, ranks = result.figures, set((result.ranks or {}).values())
+    if "picked_by" not in figures:
+        return ""
+    what = f"rank {ranks.pop()}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
+    said = f"picked {what} ({figures['picked_by']})"
+    if (found := figures.get("by_layer")) is None:
+        return said
+    how = "below" if found["pays"] else "not below, so the uniform rank was kept:"
+    return (
+        f"{said}\nranks by layer: loss {found['by_layer_loss']:.4f} at {found['parameters']:,} "
+        "parameters on the half of the held-out rows that they were not chosen on, "
+        f"{how} {found['uniform_loss']:.4f} of rank {found['uniform_rank']} everywhere "
+        f"({found['uniform_parameters']:,})"
+    )
+
+
+def verdict(ours: Result, controls: Sequence[Result]) -> str:
+    """Whether a method's claim held against its controls, in sentences that do not flatter.
 
     Args:
-        arms: the searched plan's figures first, then the controls'.
-        task: says which metric, and in which direction it counts.
-        trained_at_once: the first arm is DyLoRA's: what differs is the training, not the ranks.
+        ours: the method's result.
+        controls: on the same rows.
     """
-    (_, ours), *controls = arms.items()
-    metric = task.main_metric
     if not controls:
-        what = (
-            "how DyLoRA compares with LoRA" if trained_at_once else "whether choosing ranks helped"
-        )
-        return f"No control was trained: nothing here says {what}."
-    sign = 1 if task.greater_is_better else -1
+        return f"No control was trained: nothing here says whether {ours.name} helped."
+    metric = ours.task["metrics"][0]
+    sign = 1 if find_metric(metric).greater_is_better else -1
+    claim = ours.claim or ours.name
     lines = []
-    for name, figures in controls:
-        gain = sign * (ours["eval"][metric] - figures["eval"][metric])
+    for control in controls:
+        gain = sign * (ours.metrics[metric] - control.metrics[metric])
         if gain != gain:
-            lines.append(f"{name}: {metric} is not a number, which says nothing.")
-        elif gain <= 0:
-            how = "as well" if gain == 0 else f"better by {-gain:.4f}"
-            what = "one training for all ranks" if trained_at_once else "choosing ranks"
-            lines.append(f"{name} did {how} in {metric}: {what} did not help here.")
+            lines.append(f"{control.name}: {metric} is not a number, which says nothing.")
+        elif gain > 0:
+            lines.append(f"{ours.name} beat {control.name} by {gain:.4f} in {metric}.")
         else:
-            ours_name = "DyLoRA" if trained_at_once else "The searched ranks"
-            lines.append(f"{ours_name} beat {name} by {gain:.4f} in {metric}.")
+            how = "as well" if gain == 0 else f"better by {-gain:.4f}"
+            lines.append(f"{control.name} did {how} in {metric}: {claim} did not help here.")
     spread = "One seed is one draw: repeat with other --seed values before believing a difference."
     return "\n".join([*lines, spread])

@@ -70,19 +70,30 @@ def _check_settings(work: Path, settings: dict[str, Any]) -> None:
         raise CheckpointError(
             f"nothing to resume in {work}; start without --resume_from_checkpoint"
         ) from error
-    for key in sorted((set(saved) | set(settings)) - _FREE):
-        if saved.get(key) != settings.get(key):
+    saved, now = _by_flag(saved), _by_flag(json.loads(json.dumps(settings)))
+    for key in sorted((set(saved) | set(now)) - _FREE):
+        if saved.get(key) != now.get(key):
             raise CheckpointError(
-                f"the run in {work} had --{key} {saved.get(key)}, now it is {settings.get(key)}; "
+                f"the run in {work} had --{key} {saved.get(key)}, now it is {now.get(key)}; "
                 "resume with the old settings, or start over with --overwrite_output_dir"
             )
+
+
+def _by_flag(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with those of a method, a model, ... beside the others, so that one is named."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        inner = value if isinstance(value, dict) else {key: value}
+        flat |= {key if name == "name" else name: part for name, part in inner.items()}
+    return flat
 
 
 def finish(work: Path, output_dir: str) -> Path:
     """Renames the work folder to its public name, and drops what only a resumed run would need."""
     target = Path(output_dir)
     replace_folder(work, target)
-    (target / "settings.json").unlink(missing_ok=True)
-    for scratch in ("search", "arms"):
+    for file in ("settings.json", "result.json"):
+        (target / file).unlink(missing_ok=True)
+    for scratch in ("search", "training", "arms"):
         shutil.rmtree(target / scratch, ignore_errors=True)
     return target

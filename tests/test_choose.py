@@ -11,9 +11,9 @@ from transformers import TrainingArguments, default_data_collator
 
 from families import family, rows
 from rankwise import Adapter, DivergedError, DyLoRA, PlanError, RankPlan
-from rankwise.elastic import choose, uniform_within, validation_loss
+from rankwise.choose import ranks_by_layer, uniform_within
 from rankwise.lora import build, uniform
-from rankwise.nested import NestedTrainer
+from rankwise.nested import NestedTrainer, size_loss
 from rankwise.plan import Entry
 
 R = 4
@@ -62,7 +62,7 @@ def test_diminishing_gains_at_equal_costs_give_the_best_plan_of_all(seed, r_min)
     gains = [sorted(rng.exponential(scale, size=R), reverse=True) for scale in scales]
     for budget in budgets(plan, 8, r_min):  # half the cost of a piece: some of it is left over
         loss = Additive(gains)
-        found = choose(loss, plan, budget, range(r_min, R + 1))
+        found = ranks_by_layer(loss, plan, budget, range(r_min, R + 1))
         assert loss.of(found.plan.ranks) == pytest.approx(best(loss, plan, budget, r_min))
         assert found.plan.parameters <= budget
         assert min(found.plan.ranks.values()) >= r_min
@@ -70,7 +70,7 @@ def test_diminishing_gains_at_equal_costs_give_the_best_plan_of_all(seed, r_min)
 
 def test_pieces_that_hurt_are_left_out():
     loss = Additive([[5, 3, -1, -2], [4, -1, -1, -1], [6, 5, 4, 3]])
-    found = choose(loss, plan_of(SQUARE), budget=plan_of(SQUARE).parameters)
+    found = ranks_by_layer(loss, plan_of(SQUARE), budget=plan_of(SQUARE).parameters)
     assert found.plan.ranks == {"m0": 2, "m1": 1, "m2": 4}
 
 
@@ -80,7 +80,7 @@ def test_a_useless_piece_does_not_hide_a_useful_one(useless):
     loss = Additive([[1, useless, 9, 0], [1, 0.5, 0.4, 0.3], [1, 0.6, 0.2, 0.1]])
     plan = plan_of(SQUARE)
     budget = (3 + 1 + 1) * 16
-    found = choose(loss, plan, budget)
+    found = ranks_by_layer(loss, plan, budget)
     assert found.plan.ranks == {"m0": 3, "m1": 1, "m2": 1}
     assert loss.of(found.plan.ranks) == best(loss, plan, budget)
     assert found.pays
@@ -89,12 +89,12 @@ def test_a_useless_piece_does_not_hide_a_useful_one(useless):
 def test_what_is_reported_is_what_was_measured():
     loss = Additive([[9, 4, 2, 1], [3, 2, 1, 0.5], [1, 0.4, 0.2, 0.1]])
     plan, budget = plan_of(SQUARE), 7 * 16
-    found = choose(loss, plan, budget)
+    found = ranks_by_layer(loss, plan, budget)
     assert found.uniform.ranks == {"m0": 2, "m1": 2, "m2": 2}
     assert found.uniform_loss == loss.of(found.uniform.ranks)
-    assert found.elastic_loss == loss.of(found.elastic.ranks) < found.uniform_loss
-    assert found.pays and found.plan is found.elastic
-    assert found.elastic.provenance == {"method": "elastic", "budget": budget}
+    assert found.by_layer_loss == loss.of(found.by_layer.ranks) < found.uniform_loss
+    assert found.pays and found.plan is found.by_layer
+    assert found.by_layer.provenance == {"method": "by layer", "budget": budget}
     for name, by_rank in found.losses.items():
         assert by_rank == {b: loss.of({**found.uniform.ranks, name: b}) for b in range(1, R + 1)}
 
@@ -104,9 +104,9 @@ def test_each_plan_is_measured_once(r_min):
     plan = plan_of(SQUARE)
     for budget in budgets(plan, 16, r_min):
         loss = Additive([[9, 4, 2, 1], [3, 2, 1, 0.5], [1, 0.4, 0.2, 0.1]])
-        found = choose(loss, plan, budget, range(r_min, R + 1))
+        found = ranks_by_layer(loss, plan, budget, range(r_min, R + 1))
         single = len(SQUARE) * (R - r_min)  # each entry at each of its other ranks
-        same = found.elastic.ranks == found.uniform.ranks
+        same = found.by_layer.ranks == found.uniform.ranks
         assert len(loss.calls) == single + (1 if same else 2)
         trained = range(r_min, R + 1)
         assert all(b in trained for ranks in loss.calls for b in ranks.values())
@@ -121,9 +121,9 @@ def test_when_the_whole_is_worse_than_uniform_uniform_it_is():
         moved = sum(b != 2 for b in ranks.values())
         return promise.of(ranks) if moved <= 1 else 1000.0
 
-    found = choose(loss, plan, budget=6 * 16)
-    assert found.elastic.ranks == {"m0": 4, "m1": 1, "m2": 1}
-    assert found.elastic_loss == 1000 and not found.pays
+    found = ranks_by_layer(loss, plan, budget=6 * 16)
+    assert found.by_layer.ranks == {"m0": 4, "m1": 1, "m2": 1}
+    assert found.by_layer_loss == 1000 and not found.pays
     assert found.plan is found.uniform and found.plan.ranks == {"m0": 2, "m1": 2, "m2": 2}
 
 
@@ -132,11 +132,11 @@ def test_other_rows_decide_where_they_are_given():
     plan, budget = plan_of(SQUARE), 6 * 16
     here = Additive([[9, 8, 7, 6], [1, 0.1, 0.1, 0.1], [1, 0.1, 0.1, 0.1]])
     there = Additive([[9, 1, 0, 0], [9, 1, 0, 0], [9, 1, 0, 0]])
-    found = choose(here, plan, budget, check=there)
-    assert found.elastic.ranks == {"m0": 4, "m1": 1, "m2": 1}
-    assert here.of(found.elastic.ranks) < here.of(found.uniform.ranks)
-    assert found.elastic_loss == there.of(found.elastic.ranks)
-    assert found.uniform_loss == there.of(found.uniform.ranks) < found.elastic_loss
+    found = ranks_by_layer(here, plan, budget, check=there)
+    assert found.by_layer.ranks == {"m0": 4, "m1": 1, "m2": 1}
+    assert here.of(found.by_layer.ranks) < here.of(found.uniform.ranks)
+    assert found.by_layer_loss == there.of(found.by_layer.ranks)
+    assert found.uniform_loss == there.of(found.uniform.ranks) < found.by_layer_loss
     assert found.plan is found.uniform and not found.pays
     assert len(there.calls) == 2
 
@@ -146,14 +146,14 @@ def test_of_noise_alone_other_rows_keep_about_half():
     rng = np.random.default_rng(0)
     plan, budget = plan_of(SQUARE), 6 * 16
     noise = [[Additive(rng.normal(size=(3, R))) for _ in range(2)] for _ in range(200)]
-    alone = sum(choose(here, plan, budget).pays for here, _ in noise)
-    checked = sum(choose(here, plan, budget, check=there).pays for here, there in noise)
+    alone = sum(ranks_by_layer(here, plan, budget).pays for here, _ in noise)
+    checked = sum(ranks_by_layer(here, plan, budget, check=there).pays for here, there in noise)
     assert alone > 180
     assert 70 < checked < 130  # 100 ± 7
 
 
 def test_equal_losses_do_not_pay():
-    found = choose(lambda ranks: 1.0, plan_of(SQUARE), budget=6 * 16)
+    found = ranks_by_layer(lambda ranks: 1.0, plan_of(SQUARE), budget=6 * 16)
     assert not found.pays and found.plan.ranks == {"m0": 2, "m1": 2, "m2": 2}
 
 
@@ -161,9 +161,9 @@ def test_the_cheaper_of_two_equal_gains_is_taken():
     plan = plan_of([(40, 8), (8, 8), (8, 40)])
     loss = Additive([[5, 1, 1, 1]] * 3)
     least = 48 + 16 + 48
-    assert choose(loss, plan, least + 47).plan.ranks == {"m0": 1, "m1": 3, "m2": 1}
-    assert choose(loss, plan, least + 48).plan.ranks == {"m0": 1, "m1": 4, "m2": 1}
-    assert choose(loss, plan, least + 96).plan.ranks == {"m0": 2, "m1": 4, "m2": 1}
+    assert ranks_by_layer(loss, plan, least + 47).plan.ranks == {"m0": 1, "m1": 3, "m2": 1}
+    assert ranks_by_layer(loss, plan, least + 48).plan.ranks == {"m0": 1, "m1": 4, "m2": 1}
+    assert ranks_by_layer(loss, plan, least + 96).plan.ranks == {"m0": 2, "m1": 4, "m2": 1}
 
 
 def test_many_cheap_pieces_do_not_keep_out_a_dear_one_worth_more():
@@ -171,9 +171,9 @@ def test_many_cheap_pieces_do_not_keep_out_a_dear_one_worth_more():
     plan = plan_of([(6, 6), (40, 40)])
     loss = Additive([[1, 1.2, 1.1, 1.06], [1, 7, 0.1, 0.1]])
     budget = 2 * 12 + 2 * 80 + 12
-    found = choose(loss, plan, budget)
-    assert found.elastic.ranks == {"m0": 3, "m1": 2}
-    assert loss.of(found.elastic.ranks) == best(loss, plan, budget)
+    found = ranks_by_layer(loss, plan, budget)
+    assert found.by_layer.ranks == {"m0": 3, "m1": 2}
+    assert loss.of(found.by_layer.ranks) == best(loss, plan, budget)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -184,10 +184,10 @@ def test_unequal_costs_never_exceed_the_budget_nor_lose_to_uniform(seed):
     plan = plan_of(sizes)
     for budget in budgets(plan, 29):
         loss = Additive(rng.normal(1, 1, size=(4, R)).tolist())
-        found = choose(loss, plan, budget)
-        assert max(found.plan.parameters, found.elastic.parameters) <= budget
-        assert loss.of(found.elastic.ranks) <= loss.of(found.uniform.ranks) + 1e-9
-        assert min(found.elastic.ranks.values()) >= 1 and max(found.elastic.ranks.values()) <= R
+        found = ranks_by_layer(loss, plan, budget)
+        assert max(found.plan.parameters, found.by_layer.parameters) <= budget
+        assert loss.of(found.by_layer.ranks) <= loss.of(found.uniform.ranks) + 1e-9
+        assert min(found.by_layer.ranks.values()) >= 1 and max(found.by_layer.ranks.values()) <= R
 
 
 @pytest.mark.parametrize("r_min", [1, 2])
@@ -196,10 +196,12 @@ def test_budgets_out_of_range_are_refused(r_min):
     loss = Additive([[1] * R] * 3)
     for budget in (0, r_min * 48 - 1, 193):
         with pytest.raises(PlanError, match=rf"budget is {budget} .* ranks {r_min} to 4 .*192"):
-            choose(loss, plan, budget, range(r_min, R + 1))
+            ranks_by_layer(loss, plan, budget, range(r_min, R + 1))
     assert not loss.calls  # refused before anything expensive
-    assert set(choose(loss, plan, r_min * 48, range(r_min, R + 1)).plan.ranks.values()) == {r_min}
-    assert set(choose(loss, plan, 192, range(r_min, R + 1)).plan.ranks.values()) == {R}
+    assert set(ranks_by_layer(loss, plan, r_min * 48, range(r_min, R + 1)).plan.ranks.values()) == {
+        r_min
+    }
+    assert set(ranks_by_layer(loss, plan, 192, range(r_min, R + 1)).plan.ranks.values()) == {R}
 
 
 def test_uniform_within_is_the_largest_rank_that_fits():
@@ -219,7 +221,7 @@ def test_a_loss_that_is_not_finite_stops_the_choice(bad):
         return bad if ranks["m1"] == 3 else 1.0
 
     with pytest.raises(DivergedError, match=rf"loss is {bad} at the ranks .*'m1': 3"):
-        choose(loss, plan_of(SQUARE), budget=6 * 16)
+        ranks_by_layer(loss, plan_of(SQUARE), budget=6 * 16)
 
 
 @pytest.fixture
@@ -268,31 +270,31 @@ def test_the_choice_holds_for_the_adapter_that_is_cut_by_it(trainer, tmp_path):
     of = family("bert-classification")
     of.config.initializer_range = 0.2
     table = rows(of, count=20, seed=5)  # the last batch is smaller than the others
-    loss = validation_loss(trainer, table)
+    loss = size_loss(trainer, table)
     full = mean_loss(trainer.model, table)
     one = RankPlan.uniform(trainer.plan, 1).parameters
-    found = choose(loss, trainer.plan, budget=2 * one)
+    found = ranks_by_layer(loss, trainer.plan, budget=2 * one)
     assert mean_loss(trainer.model, table) == full  # the model is back at its largest rank
     trainer.save_nested(tmp_path / "nested")
     adapter = Adapter.load(tmp_path / "nested")
     measured = {}
-    for name, plan in {"elastic": found.elastic, "uniform": found.uniform}.items():
+    for name, plan in {"elastic": found.by_layer, "uniform": found.uniform}.items():
         cut = adapter.truncate(plan)
         assert cut.parameters == plan.parameters <= 2 * one
         cut.save(tmp_path / name)
         model = PeftModel.from_pretrained(of.model(), str(tmp_path / name))
         measured[name] = mean_loss(model, table)
-    assert found.elastic_loss == pytest.approx(measured["elastic"], rel=1e-5)
+    assert found.by_layer_loss == pytest.approx(measured["elastic"], rel=1e-5)
     assert found.uniform_loss == pytest.approx(measured["uniform"], rel=1e-5)
     assert len({full, *measured.values()}) == 3
-    assert found.plan is (found.elastic if found.pays else found.uniform)
+    assert found.plan is (found.by_layer if found.pays else found.uniform)
     assert found.pays == (measured["elastic"] < measured["uniform"])
 
 
 def test_ranks_that_were_not_trained_are_never_measured_or_chosen():
     loss, plan = Additive([[1.0, 1.0, 1.0, 5.0]] * 3), plan_of(SQUARE)
     one = RankPlan.uniform(plan, 1).parameters
-    found = choose(loss, plan, 3 * one, [1, 4])
+    found = ranks_by_layer(loss, plan, 3 * one, [1, 4])
     assert set().union(*(ranks.values() for ranks in loss.calls)) <= {1, 4}
     assert set(found.uniform.ranks.values()) == {1}  # 3 was not trained, and 4 does not fit
     assert sorted(found.plan.ranks.values()) == [1, 4, 4]

@@ -1,35 +1,45 @@
-"""`rankwise truncate`: an adapter of smaller rank out of one that is trained."""
+"""`rankwise cut`: an adapter of smaller rank out of one that is trained."""
 
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rankwise.adapter import Adapter
-from rankwise.cli.arguments import AdapterArguments, CutArguments, OutputArguments, parse, required
-from rankwise.cli.stages import adapter_folder, console
-from rankwise.elastic import uniform_within
+from rankwise.cli.arguments import AdapterArguments, CutArguments, OutputArguments, required
+from rankwise.cli.flags import Group, parse
 from rankwise.errors import AdapterError, OutputError
-from rankwise.files import replace_folder
-from rankwise.plan import RankPlan
-from rankwise.report import print_cuts
 
-TYPES = (AdapterArguments, CutArguments, OutputArguments)
+if TYPE_CHECKING:
+    from rankwise.adapter import Adapter
 
 
 def main(argv: Sequence[str]) -> None:
     """Cut an adapter to a smaller rank: without data, base model or GPU.
 
-    One that DyLoRA trained keeps its first pieces, as trained. Any other PEFT LoRA adapter is
-    truncated by the exact SVD of its own updates.
+    A nested one keeps its first pieces, as trained. Any other PEFT LoRA adapter is cut by the exact
+    SVD of its own updates.
     """
-    which, cut, output = parse("truncate", main.__doc__ or "", TYPES, argv)
-    # of a run the nested one, before the one that was picked out of it
-    source = adapter_folder(required(which.adapter, "adapter", "truncate"), "nested", "adapter")
-    target = Path(required(output.output_dir, "output_dir", "truncate"))
-    ways = [name for name in ("r", "energy", "budget", "plan") if getattr(cut, name) is not None]
+    which, cut, output = parse(
+        "cut",
+        main.__doc__ or "",
+        [
+            Group("adapter", AdapterArguments()),
+            Group("size", CutArguments()),
+            Group("output", OutputArguments()),
+        ],
+        argv,
+    )
+    from rankwise.adapter import Adapter, adapter_folder
+    from rankwise.files import replace_folder
+
+    # of a run the one with all pieces, before the one that was picked out of it
+    given = required(which.adapter, "adapter", "cut")
+    source = adapter_folder(given, "nested", "whole", "adapter")
+    target = Path(required(output.output_dir, "output_dir", "cut"))
+    ways = [name for name in ("rank", "energy", "budget", "plan") if getattr(cut, name) is not None]
     if len(ways) != 1:
         raise AdapterError(
-            "give one of --r, --energy, --budget and --plan; got "
+            "give one of --rank, --energy, --budget and --plan; got "
             + (" and ".join(f"--{way}" for way in ways) or "none")
         )
     _check_target(target, source, output)
@@ -41,8 +51,12 @@ def main(argv: Sequence[str]) -> None:
     if (source / "task.json").is_file():
         shutil.copy(source / "task.json", work / "task.json")
     replace_folder(work, target)
+    from rich.console import Console
+
+    from rankwise.report.table import print_cuts
+
     print_cuts(smaller.cuts)
-    console.print(
+    Console(stderr=True).print(
         f"{adapter.parameters:,} -> {smaller.parameters:,} stored LoRA parameters, a stock PEFT "
         f"adapter in {target}"
     )
@@ -50,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _check_target(target: Path, source: Path, output: OutputArguments) -> None:
     if output.resume_from_checkpoint:
-        raise OutputError("truncate takes seconds; there is nothing to resume")
+        raise OutputError("cut takes seconds; there is nothing to resume")
     if target.resolve() == source.resolve() or target.resolve() in source.resolve().parents:
         raise OutputError(f"--output_dir {target} holds the adapter itself; give another")
     filled = target.is_file() or (target.is_dir() and any(target.iterdir()))
@@ -60,23 +74,26 @@ def _check_target(target: Path, source: Path, output: OutputArguments) -> None:
         )
     of_a_run = (target.parent / "metrics.json").is_file()
     if filled and (of_a_run or not (target / "truncation.json").is_file()):
-        raise OutputError(f"{target} was not written by rankwise truncate; give another")
+        raise OutputError(f"{target} was not written by rankwise cut; give another")
 
 
-def _cut(adapter: Adapter, cut: CutArguments) -> Adapter:
+def _cut(adapter: "Adapter", cut: CutArguments) -> "Adapter":
+    from rankwise.choose import uniform_within
+    from rankwise.plan import RankPlan
+
     if adapter.plan is None or cut.svd:
         if cut.plan is not None:
             raise AdapterError(
-                "--plan cuts a nested adapter; this one takes --r, --energy, --budget"
+                "--plan cuts a nested adapter; this one takes --rank, --energy, --budget"
             )
-        return adapter.truncate_svd(cut.r, energy=cut.energy, budget=cut.budget)
+        return adapter.truncate_svd(cut.rank, energy=cut.energy, budget=cut.budget)
     if cut.energy is not None:
         raise AdapterError(
             "--energy needs singular values, and a nested adapter is cut as it was trained; give "
-            "--r or --budget, or --svd to cut it by SVD all the same"
+            "--rank or --budget, or --svd to cut it by SVD all the same"
         )
     if cut.budget is not None:
         return adapter.truncate(uniform_within(adapter.plan, cut.budget, adapter.trained_ranks))
     if cut.plan is not None:
         return adapter.truncate(RankPlan.load(cut.plan))
-    return adapter.truncate(cut.r or 0)
+    return adapter.truncate(cut.rank or 0)

@@ -1,0 +1,202 @@
+"""Flags out of dataclasses: their fields are the flags, and a YAML file can hold them too.
+
+Kept to argparse, because the help of a command has to be there at once.
+"""
+
+import json
+import types
+import typing
+from argparse import Action, ArgumentParser, ArgumentTypeError, HelpFormatter
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from rankwise.errors import RankwiseError
+
+
+@dataclass(frozen=True)
+class Group:
+    """A dataclass on the command line.
+
+    Attributes:
+        title: over its flags in the help.
+        like: an instance, whose values are the defaults.
+    """
+
+    title: str
+    like: Any
+
+
+class _HelpFormatter(HelpFormatter):
+    """The default of every flag that has one, and one spelling of a flag's values."""
+
+    def _get_help_string(self, action: Action) -> str | None:
+        text, shown = action.help or "", action.default
+        if isinstance(shown, list | tuple):
+            shown = " ".join(map(str, shown))
+        if shown is not None and shown is not False and shown != "" and action.dest != "help":
+            text += f" (default: {shown})"
+        return text.replace("%", "%%")
+
+    def _format_action_invocation(self, action: Action) -> str:
+        if action.nargs in (0, "?"):  # on and off
+            return ", ".join(action.option_strings)
+        if action.choices:
+            shown = "{" + ",".join(map(str, action.choices)) + "}"
+        else:
+            kinds: dict[Any, str] = {int: "N", float: "X"}
+            shown = kinds.get(action.type, "VALUE")
+        return ", ".join(action.option_strings) + f" {shown}" + " ..." * (action.nargs == "+")
+
+
+class _Parser(ArgumentParser):
+    """Its errors are one line like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RankwiseError(f"{message}; see {self.prog} --help")
+
+
+def parse(
+    command: str,
+    description: str,
+    groups: Sequence[Group],
+    argv: Sequence[str],
+    **defaults: Any,
+) -> list[Any]:
+    """Flags, over the YAML file of `--config`, over a command's own defaults, over the classes'.
+
+    Args:
+        command: its name.
+        description: for the help.
+        groups: one dataclass each.
+        argv: the command line after the command.
+        **defaults: of the command, by flag.
+
+    Returns:
+        One instance a group.
+
+    Raises:
+        RankwiseError: a flag or a key that is unknown, or a value that is none; a config file that
+            cannot be read.
+        SystemExit: by argparse, for `--help`.
+    """
+    parser = _Parser(
+        prog=f"rankwise {command}",
+        usage=f"rankwise {command} [--flag value ...]",
+        description=description,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="YAML file of flags; flags on the command line win")
+    for group in groups:
+        _add(parser, group)
+    parser.set_defaults(**defaults)
+    actions = {action.dest: action for action in parser._actions}
+    path = parser.parse_known_args(list(argv))[0].config
+    given = [] if path is None else _config_flags(path, actions)
+    found, rest = parser.parse_known_args([*given, *argv])
+    if rest:
+        parser.error(f"unknown flag {rest[0]}")
+    return [
+        type(group.like)(**{f.name: _value(getattr(found, f.name)) for f in fields(group.like)})
+        for group in groups
+    ]
+
+
+def read_flag(command: str, argv: Sequence[str], name: str, default: str) -> str:
+    """One flag's value before the others are known: which method's flags there are hangs on it."""
+    parser = _Parser(prog=f"rankwise {command}", add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{name}")
+    parser.add_argument("--config")
+    found, _ = parser.parse_known_args(list(argv))
+    value = getattr(found, name)
+    if value is None and found.config is not None:
+        value = _read_config(found.config).get(name)
+    return default if value is None else str(value)
+
+
+def _value(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _add(parser: ArgumentParser, group: Group) -> None:
+    there = parser.add_argument_group(group.title)
+    hints = typing.get_type_hints(type(group.like))
+    for f in fields(group.like):
+        default = getattr(group.like, f.name)
+        options: dict[str, Any] = {"help": f.metadata.get("help", ""), "default": default}
+        inner = _inner(hints[f.name])
+        if inner is bool:
+            options |= {"nargs": "?", "const": True, "type": _boolean}
+        elif inner is dict:
+            options["type"] = _json_object
+        elif typing.get_origin(inner) is Literal:
+            options |= {"choices": typing.get_args(inner), "type": str}
+        elif typing.get_origin(inner) is tuple:
+            options |= {"nargs": "+", "type": typing.get_args(inner)[0]}
+        else:
+            options["type"] = inner
+        there.add_argument(f"--{f.name}", **options)
+
+
+def _inner(kind: Any) -> Any:
+    """The type that one value has: of `X | None` X, of several the one that takes most values."""
+    if not isinstance(kind, types.UnionType) and typing.get_origin(kind) is not typing.Union:
+        return kind
+    several = [k for k in typing.get_args(kind) if k is not type(None)]
+    tuples = [k for k in several if typing.get_origin(k) is tuple]
+    return (tuples or several)[0]
+
+
+def _boolean(text: str) -> bool:
+    known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in known:
+        raise ArgumentTypeError(f"{text!r} is neither true nor false")
+    return known[text.lower()]
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RankwiseError(
+            f"cannot read --config {path}: {' '.join(str(error).split())}"
+        ) from error
+    if not isinstance(config, dict):
+        raise RankwiseError(
+            f"--config {path} holds a {type(config).__name__}; it has to map flags to values"
+        )
+    return config
+
+
+def _config_flags(path: str, actions: dict[str, Action]) -> list[str]:
+    """A YAML file as flags, so that its values are read and checked as those of flags are."""
+    flags = []
+    for key, value in _read_config(path).items():
+        if key in ("help", "config") or key not in actions:
+            raise RankwiseError(f"--config {path} has {str(key)!r}, which is no flag; see --help")
+        several = actions[key].nargs == "+"
+        if isinstance(value, list) and not several:
+            raise RankwiseError(f"--config {path}: {key} is {value}; it takes one value")
+        if several and value not in (None, []):
+            flags += [f"--{key}", *map(_text, value if isinstance(value, list) else [value])]
+        elif not several and value is not None:
+            flags.append(f"--{key}={_text(value)}")
+    return flags
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, bool | dict) else str(value)

@@ -1,0 +1,559 @@
+"""One method on one task, from rows to an adapter with its evidence: `fit`.
+
+Works in stages beside the output folder. A stage that a stopped run had finished is not repeated,
+and one that it was in goes on from its last checkpoint.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.integrations import get_reporting_integration_callbacks
+
+from rankwise import tasks
+from rankwise.choose import Curve
+from rankwise.errors import DataError, DivergedError, RankwiseError
+from rankwise.files import write_json
+from rankwise.methods import DEFAULT, Kept, LoRA, Method, by_name
+from rankwise.plan import RankPlan
+from rankwise.report.memory import Peak, peak_memory
+from rankwise.result import Result
+from rankwise.rows import TwoSets, two_sets
+from rankwise.trainer import default_arguments, labelled, last_checkpoint, replaced, run_training
+from rankwise.training import model_name, setting_of, with_provenance
+from rankwise.workspace import finish, open_workspace
+
+# The TrainingArguments that a result rests on, for its record.
+RECORDED = (
+    "learning_rate num_train_epochs max_steps per_device_train_batch_size "
+    "per_device_eval_batch_size gradient_accumulation_steps weight_decay lr_scheduler_type "
+    "warmup_steps max_grad_norm bf16 gradient_checkpointing train_sampling_strategy seed "
+    "use_cpu save_steps"
+).split()
+
+# Folders of a run that other sizes are cut from.
+OTHER_SIZES = ("nested", "ordered", "whole")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a base model comes from.
+
+    Attributes:
+        name_or_path: hub id or folder.
+        gguf_file: name of a GGUF file in it, loaded as float32.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: whether code that it brings along may run.
+        attn_implementation, dtype: as transformers takes them; None is its own choice.
+    """
+
+    name_or_path: str
+    gguf_file: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    attn_implementation: str | None = None
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One task on one base model: what every method is given alike.
+
+    Attributes:
+        task: what is asked; its rows.
+        source: the base model.
+        tokenizer: the model's.
+        train: encoded training rows; None where only an evaluation is wanted.
+        evaluation: encoded rows that the figures come from, and that choose nothing.
+        split: which ones these are, "validation" or "test".
+        args: TrainingArguments; the output folder is each stage's own.
+        max_length: tokens of a row.
+        command: for the record.
+    """
+
+    task: tasks.Task
+    source: Source
+    tokenizer: PreTrainedTokenizerBase
+    train: Dataset | None
+    evaluation: Dataset
+    split: str
+    args: TrainingArguments
+    max_length: int
+    command: str = "fit"
+
+    @property
+    def train_rows(self) -> Dataset:
+        """The training rows. Raises DataError where there are none."""
+        if self.train is None:
+            raise DataError("there are no training rows; give --task, --data_dir or --train_file")
+        return self.train
+
+    def fresh_model(self) -> PreTrainedModel:
+        """The base model with a new head, the same one every time for the same seed."""
+        set_seed(self.args.seed)
+        about = vars(self.source) | {}
+        return tasks.load_model(
+            self.task, about.pop("name_or_path"), tokenizer=self.tokenizer, **about
+        )
+
+    def options(self) -> dict[str, Any]:
+        """What a Trainer needs to collate batches and to compute the task's metrics."""
+        return {
+            "data_collator": self.task.data_collator(self.tokenizer),
+            "compute_metrics": self.task.compute_metrics(),
+            "preprocess_logits_for_metrics": self.task.preprocess_logits,
+        }
+
+    def arguments(self, folder: Path) -> TrainingArguments:
+        """The TrainingArguments of a stage that works in this folder."""
+        return replaced(self.args, output_dir=str(folder))
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What `fit` made.
+
+    Attributes:
+        folder: holds `adapter/`, `plan.json`, `metrics.json`, and what other sizes are cut from.
+        result: the record that `metrics.json` holds.
+        plan: the adapter's ranks; None for a method without.
+        curve: the quality of every size that was compared, None where none was.
+        model: the base model with the adapter, ready to predict; loaded when it is first asked for.
+    """
+
+    folder: Path
+    result: Result
+    plan: RankPlan | None
+    curve: Curve | None
+    job: Job
+    method: Method
+
+    @property
+    def model(self) -> nn.Module:
+        return self.method.load(self.job.fresh_model(), self.folder / self.method.product).eval()
+
+
+def fit(
+    method: str | Method = DEFAULT,
+    data: str | Path | tasks.Task | None = None,
+    *,
+    model: str | Path | Source,
+    output_dir: str | Path,
+    args: TrainingArguments | None = None,
+    max_length: int = 128,
+    eval_split: str = "auto",
+    overwrite_output_dir: bool = False,
+    resume_from_checkpoint: bool = False,
+    **options: Any,
+) -> Fitted:
+    """One method on one task: trains, chooses, hands over an adapter, and measures it.
+
+    Args:
+        method: a name from `rankwise.METHODS`, or a method with its flags.
+        data: a file of training rows (CSV, JSONL, Parquet), a folder with train, validation and
+            test, the name of a known task, or what `tasks.load_task` gave.
+        model: hub id or folder of the base model, or a `Source`.
+        output_dir: new or empty folder for the results.
+        args: TrainingArguments; None is 3 epochs of AdamW at 1e-4, batch 32. Its `output_dir` is
+            not used.
+        max_length: tokens; longer rows are cut.
+        eval_split: rows that the figures come from: "validation", "test", or "auto", which is test
+            where it has labels.
+        overwrite_output_dir: replace the results of an earlier run.
+        resume_from_checkpoint: go on with a run that was stopped.
+        **options: flags of the method (`r`, `target_modules`, ...); all others go to
+            `tasks.load_task` (`text_column`, `label_column`, `kind`, ...).
+
+    Raises:
+        RankwiseError: anything that is wrong with rows, model, flags or folder; raised before any
+            training. DivergedError: the loss became NaN or infinite.
+
+    Example:
+        >>> fitted = rankwise.fit("lora", "rows.csv", model="roberta-base", output_dir="runs/1")
+        >>> fitted.result.metrics["accuracy"]
+        0.87
+    """
+    from rankwise.training import with_options
+
+    method, more = with_options(method, options)
+    source = model if isinstance(model, Source) else Source(str(model))
+    args = labelled(args or default_arguments(str(output_dir)))
+    task = data if isinstance(data, tasks.Task) else _task(data, args.seed, more)
+    job = load_job(task, source, args, max_length, eval_split)
+    base = check(method, job)
+    settings: dict[str, Any] = {
+        "method": method.describe(),
+        "source": vars(source),
+        "task": task.describe(),
+    }
+    settings |= {"training": recorded(args), "max_length": max_length}
+    work = open_workspace(str(output_dir), overwrite_output_dir, resume_from_checkpoint, settings)
+    result = run_method(method, job, work, resume_from_checkpoint, base)
+    result.save(work / "metrics.json")
+    folder = finish(work, str(output_dir))
+    plan = folder / "plan.json"
+    curve = None if result.curve is None else Curve.from_dict(result.curve)
+    found = RankPlan.load(plan) if plan.is_file() else None
+    return Fitted(folder, result, found, curve, job, method)
+
+
+def _task(data: str | Path | None, seed: int, options: Mapping[str, Any]) -> tasks.Task:
+    """The task that a file, a folder or a name stands for."""
+    if data is None or "task" in options or "data_dir" in options:
+        return tasks.load_task(seed=seed, **options)
+    if Path(data).is_dir():
+        return tasks.load_task(data_dir=data, seed=seed, **options)
+    if Path(data).suffix:
+        return tasks.load_task(train_file=data, seed=seed, **options)
+    return tasks.load_task(str(data), seed=seed, **options)
+
+
+def load_job(
+    task: tasks.Task,
+    source: Source,
+    args: TrainingArguments,
+    max_length: int = 128,
+    eval_split: str = "auto",
+    command: str = "fit",
+) -> Job:
+    """Encodes a task's rows for a model; everything that can be wrong with them is found here."""
+    task.check_metrics()
+    tokenizer = tasks.load_tokenizer(
+        source.name_or_path,
+        gguf_file=source.gguf_file,
+        revision=source.revision,
+        trust_remote_code=source.trust_remote_code,
+    )
+    split, rows = _evaluation_rows(task, eval_split)
+    train = None if task.train is None else task.encode(task.train, tokenizer, max_length)
+    evaluation = task.encode(rows, tokenizer, max_length)
+    return Job(task, source, tokenizer, train, evaluation, split, args, max_length, command)
+
+
+def _evaluation_rows(task: tasks.Task, wanted: str) -> tuple[str, Dataset]:
+    splits = {"test": task.test, "validation": task.validation}
+    if wanted == "auto":
+        wanted = "test" if task.test is not None else "validation"
+    rows = splits.get(wanted)
+    if rows is None:
+        there = [name for name, part in splits.items() if part is not None]
+        raise DataError(
+            f"there is no labelled {wanted} split; there is {' and '.join(there) or 'none'}"
+        )
+    return wanted, rows
+
+
+def check(method: Method, job: Job, base: PreTrainedModel | None = None) -> PreTrainedModel:
+    """Finds what is wrong with a method on a task before there is an output folder or a step.
+
+    Args:
+        method: the one to run.
+        job: its rows and model.
+        base: the base model where it is loaded already.
+
+    Returns:
+        The base model, unchanged, for `run_method`.
+    """
+    args = method.arguments(job.args)
+    base = base if base is not None else job.fresh_model()
+    longest = max(map(len, job.train_rows["input_ids"]))
+    most = _positions(base)
+    if most is not None and longest > most:
+        raise DataError(
+            f"--max_length is {job.max_length} and the longest row {longest} tokens, but the "
+            f"model takes {most}; give at most that"
+        )
+    try:
+        get_reporting_integration_callbacks(args.report_to)
+    except (ValueError, RuntimeError) as error:
+        raise RankwiseError(f"--report_to: {' '.join(str(error).split())}") from error
+    setting = setting_of(method, base, split_rows(method, job), args, job.options(), **_asked(job))
+    method.check(base, setting)
+    return base
+
+
+def _asked(job: Job) -> dict[str, Any]:
+    """The task in `setting_of`'s terms."""
+    return {
+        "task_type": job.task.task_type,
+        "metric": job.task.main_metric,
+        "greater_is_better": job.task.greater_is_better,
+    }
+
+
+def _positions(model: torch.nn.Module) -> int | None:
+    """Tokens that a table of absolute positions has rows for; None where there is no such table."""
+    for name, module in model.named_modules():
+        leaf = name.rpartition(".")[2]
+        if leaf in ("position_embeddings", "wpe") and isinstance(module, torch.nn.Embedding):
+            # RoBERTa counts positions from the padding's on
+            return module.num_embeddings - (
+                0 if module.padding_idx is None else module.padding_idx + 1
+            )
+    return None
+
+
+def split_rows(method: Method, job: Job) -> TwoSets:
+    """The rows that a method trains on, and those of them that it chooses on."""
+    if not method.chooses:
+        return TwoSets(job.train_rows, job.train_rows.select([]))
+    return two_sets(job.train_rows, None, method.held_out_share, job.args.seed)
+
+
+def run_method(
+    method: Method,
+    job: Job,
+    folder: Path,
+    resume: bool = False,
+    base: PreTrainedModel | None = None,
+    name: str | None = None,
+    rows: Dataset | None = None,
+) -> Result:
+    """The stages of one method in a folder: choose, train, hand over, evaluate.
+
+    Leaves `adapter/`, `plan.json` where the method has ranks, `result.json`, and what other sizes
+    are cut from. Where `result.json` is there already, it is read and nothing else happens.
+
+    Args:
+        method: what to run.
+        job: on what.
+        folder: made where it is missing.
+        resume: go on from the checkpoints in it.
+        base: the base model where it is loaded already; used up.
+        name: what tables call it; None is the method's own label.
+        rows: training rows; None is all of the job's.
+    """
+    done = folder / "result.json"
+    if done.is_file():
+        return Result.load(done)
+    job = job if rows is None else replace(job, train=rows)
+    base = base if base is not None else job.fresh_model()
+    plan: RankPlan | None = None
+    searched: dict[str, Any] = {}
+    final = method
+    if method.anew:
+        plan, searched = choose_stage(method, job, folder, resume, base)
+        dropout = getattr(method, "lora_dropout", 0.0)
+        final = LoRA(lora_dropout=dropout)
+    result = _train_stage(final, job, folder, resume, base, plan)
+    return _record(method, result, searched, folder, name)
+
+
+def choose_stage(
+    method: Method, job: Job, folder: Path, resume: bool, base: PreTrainedModel
+) -> tuple[RankPlan, dict[str, Any]]:
+    """Chooses ranks and writes plan.json; read, where a resumed run has it already."""
+    figures, scratch = folder / "search" / "figures.json", folder / "search"
+    if figures.is_file():
+        return RankPlan.load(folder / "plan.json"), json.loads(figures.read_text())
+    args = method.arguments(job.arguments(scratch))
+    with measured(args.device) as cost:
+        setting = setting_of(
+            method, base, split_rows(method, job), args, job.options(), **_asked(job)
+        )
+        kept = method.choose(base, setting, _checkpoint(method, scratch, resume))
+    assert kept.plan is not None
+    plan = with_provenance(kept.plan, setting)
+    plan.save(folder / "plan.json")
+    found = {
+        "search_seconds": cost["seconds"],
+        "search_peak_memory_bytes": cost["bytes"],
+        "held_out": len(setting.held_out),
+        **_choice(kept),
+    }
+    write_json(figures, found)
+    return plan, found
+
+
+def _choice(kept: Kept) -> dict[str, Any]:
+    return {
+        "curve": None if kept.curve is None else kept.curve.to_dict(),
+        "figures": dict(kept.figures),
+    }
+
+
+def _checkpoint(method: Method, folder: Path, resume: bool) -> bool:
+    """Whether there is a checkpoint to go on from, that the method can go on from."""
+    return resume and method.resumable and last_checkpoint(folder) is not None
+
+
+def _train_stage(
+    method: Method,
+    job: Job,
+    folder: Path,
+    resume: bool,
+    base: PreTrainedModel,
+    plan: RankPlan | None,
+) -> dict[str, Any]:
+    """Trains, keeps, hands over and evaluates; the record's fields that come of that."""
+    scratch = folder / "training"
+    args = method.arguments(job.arguments(scratch))
+    data = split_rows(method, job)
+    with measured(args.device) as cost:
+        setting = setting_of(method, base, data, args, job.options(), **_asked(job))
+        given = plan if plan is not None else method.start(base, setting)
+        set_seed(args.seed)
+        trainer = method.trainer(method.attach(base, given, setting), given, setting)
+        run_training(trainer, _checkpoint(method, scratch, resume))
+    started = time.perf_counter()
+    kept = method.keep(trainer, given, setting)
+    if plan is None and kept.plan is not None:
+        kept = replace(kept, plan=with_provenance(kept.plan, setting))
+    seconds = round(time.perf_counter() - started, 3)
+    ranked = kept.plan is not None
+    head = sum(
+        p.numel()
+        for n, p in trainer.model.named_parameters()
+        if p.requires_grad and not (ranked and "lora_" in n)
+    )
+    _hand_over(method, job, trainer, kept, folder)
+    lora = kept.plan.parameters if kept.plan is not None else None
+    return {
+        "method": method,
+        "job": job,
+        "plan": kept.plan,
+        "rows": {
+            "train": len(data.train),
+            "held_out": len(data.validation),
+            "evaluated": len(job.evaluation),
+        },
+        "metrics": evaluate(job, trainer),
+        "trainable_parameters": (lora or 0) + head,
+        "lora_parameters": lora,
+        "cost": {
+            "search_seconds": seconds if method.chooses else 0.0,
+            "train_seconds": cost["seconds"],
+            "peak_memory_bytes": cost["bytes"],
+            "peak_memory_of": cost["of"],
+            "steps": trainer.state.global_step,
+        },
+        "resumed": resume,
+        **_choice(kept),
+    }
+
+
+def _hand_over(method: Method, job: Job, trainer: Trainer, kept: Kept, folder: Path) -> None:
+    """The method's hand-over, into folders that hold nothing of a run that was killed in it."""
+    for config in getattr(trainer.model, "peft_config", {}).values():
+        config.base_model_name_or_path = job.source.name_or_path
+        config.revision = job.source.revision
+    for name in (method.product, *OTHER_SIZES):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    method.hand_over(trainer, kept, folder)
+    for name in (method.product, *OTHER_SIZES):
+        if (folder / name).is_dir():
+            describe_adapter(job, folder / name, method)
+
+
+def describe_adapter(job: Job, folder: Path, method: Method) -> None:
+    """Writes beside an adapter what its task was, for `rankwise evaluate`."""
+    about = job.task.describe() | {"max_length": job.max_length, "method": method.describe()}
+    about["gguf_file"] = job.source.gguf_file
+    write_json(folder / "task.json", about)
+
+
+def _record(
+    method: Method, found: dict[str, Any], searched: dict[str, Any], folder: Path, name: str | None
+) -> Result:
+    """The record of a finished method, written beside its adapter."""
+    job, plan = found["job"], found["plan"]
+    if plan is not None:
+        plan.save(folder / "plan.json")
+    if method.anew:
+        found["cost"] |= {k: v for k, v in searched.items() if k.startswith("search_")}
+        found |= {"curve": searched["curve"], "figures": searched["figures"]}
+        found["rows"] |= {"held_out": searched["held_out"]}
+    result = Result(
+        name=name or method.label(plan),
+        method=method.describe(),
+        claim=method.claim,
+        task=job.task.describe(),
+        model=model_name(job.source.name_or_path),
+        rows=found["rows"],
+        split=job.split,
+        training=recorded(job.args),
+        metrics=found["metrics"],
+        trainable_parameters=found["trainable_parameters"],
+        lora_parameters=found["lora_parameters"],
+        ranks=None if plan is None else plan.ranks,
+        cost=found["cost"],
+        curve=found["curve"],
+        figures=found["figures"],
+        about={
+            "command": job.command,
+            "threads": torch.get_num_threads(),
+            "resumed": found["resumed"],
+            "max_length": job.max_length,
+            "versions": {p: version(p) for p in ("rankwise", "torch", "transformers", "peft")},
+        },
+    )
+    result = Result.from_dict(result.to_dict())
+    result.save(folder / "result.json")
+    return result
+
+
+def recorded(args: TrainingArguments) -> dict[str, Any]:
+    """The TrainingArguments that a result rests on, as JSON holds them."""
+    given = args.to_dict()
+    return {name: given.get(name) for name in RECORDED}
+
+
+def evaluate(job: Job, trainer: Trainer) -> dict[str, float]:
+    """The loss and the task's metrics on the evaluation rows, by their own names.
+
+    Raises:
+        DivergedError: the loss is not finite.
+    """
+    raw = trainer.evaluate(job.evaluation)
+    if not math.isfinite(raw["eval_loss"]):
+        raise DivergedError(
+            f"the loss on the {job.split} rows is {raw['eval_loss']} after training; lower "
+            f"--learning_rate (now {job.args.learning_rate:g})"
+        )
+    names = [name for name in job.task.metrics if f"eval_{name}" in raw]
+    return {"loss": raw["eval_loss"]} | {name: float(raw[f"eval_{name}"]) for name in names}
+
+
+@contextmanager
+def measured(device: torch.device) -> Iterator[dict[str, Any]]:
+    """Seconds and peak memory of a block."""
+    found: dict[str, Any] = {}
+    peak: Peak = peak_memory(device)
+    started = time.perf_counter()
+    yield found
+    found["seconds"] = round(time.perf_counter() - started, 3)
+    found["bytes"], found["of"] = peak.read(), peak.of
+
+
+def with_method(name: str | Method, like: Method, budget: int | None) -> Method:
+    """A control: the method of that name with the flags that it shares with another.
+
+    Args:
+        name: of the control.
+        like: the method that it is compared with; `r`, `lora_alpha`, ... are taken from it.
+        budget: parameters, for a control that takes a budget.
+    """
+    control = by_name(name)
+    shared = ("r", "lora_alpha", "lora_dropout", "target_modules")
+    known = control.__dataclass_fields__
+    flags = {key: getattr(like, key) for key in shared if key in known and hasattr(like, key)}
+    if budget is not None and "budget" in known:
+        flags["budget"] = budget
+    return control.with_flags(**flags)
