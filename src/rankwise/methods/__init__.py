@@ -5,10 +5,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from rankwise.errors import RankwiseError
+from rankwise.methods.adalora import AdaLoRA
 from rankwise.methods.autolora import AutoLoRA
 from rankwise.methods.base import Kept, LoraMethod, Method, Setting
+from rankwise.methods.compacter import Compacter
 from rankwise.methods.dylora import DyLoRA
+from rankwise.methods.eva import EVA
+from rankwise.methods.flop import FLOP
+from rankwise.methods.full import FullFineTuning
+from rankwise.methods.houlsby import Houlsby
+from rankwise.methods.ia3 import IA3
 from rankwise.methods.lora import LoRA, LoraGrid, RandomPlan
+from rankwise.methods.prompts import LlamaAdapter, PrefixTuning, PromptTuning, PTuning
 from rankwise.methods.svd import SvdCut
 
 METHODS: dict[str, Method] = {
@@ -24,6 +32,17 @@ METHODS: dict[str, Method] = {
     "autolora-first-order": AutoLoRA(estimator="first_order"),
     "dylora": DyLoRA(),
     "dylora-frozen": DyLoRA(frozen=True),
+    "adalora": AdaLoRA(),
+    "eva": EVA(),
+    "flop": FLOP(),
+    "houlsby": Houlsby(),
+    "compacter": Compacter(),
+    "full": FullFineTuning(),
+    "prefix-tuning": PrefixTuning(),
+    "prompt-tuning": PromptTuning(),
+    "p-tuning": PTuning(),
+    "llama-adapter": LlamaAdapter(),
+    "ia3": IA3(),
 }
 
 DEFAULT = "autolora"  # of fit and run
@@ -67,14 +86,25 @@ def from_description(about: Any) -> Method:
 __all__ = [
     "DEFAULT",
     "DEFAULT_SEARCH",
+    "EVA",
+    "FLOP",
+    "IA3",
     "METHODS",
+    "AdaLoRA",
     "AutoLoRA",
+    "Compacter",
     "DyLoRA",
+    "FullFineTuning",
+    "Houlsby",
     "Kept",
+    "LlamaAdapter",
     "LoRA",
     "LoraGrid",
     "LoraMethod",
     "Method",
+    "PTuning",
+    "PrefixTuning",
+    "PromptTuning",
     "RandomPlan",
     "Setting",
     "SvdCut",
