@@ -20,6 +20,22 @@ def load(name):
     return module
 
 
+def assert_close(found, saved, where="") -> None:
+    """Equal but for the last digits of floats, whose sums differ between processors."""
+    if isinstance(saved, dict):
+        assert set(found) == set(saved), where
+        for key in saved:
+            assert_close(found[key], saved[key], f"{where}.{key}")
+    elif isinstance(saved, list):
+        assert len(found) == len(saved), where
+        for i, (a, b) in enumerate(zip(found, saved, strict=True)):
+            assert_close(a, b, f"{where}[{i}]")
+    elif isinstance(saved, float):
+        assert found == pytest.approx(saved, rel=1e-9, abs=1e-12), where
+    else:
+        assert found == saved, where
+
+
 sys.path.append(str(ROOT / "experiments"))
 summary = load("summary")
 dylora = load("dylora_summary")
@@ -51,12 +67,13 @@ def test_spread_is_mean_and_sample_sd():
 def test_readme_holds_the_tables_of_the_result_files():
     found = {task: summary.summarise(runs) for task, runs in summary.load().items()}
     assert found, "no results"
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert summary.results_table(found) in text
-    assert summary.agreement_table(found) in text
-    assert summary.cost_table(json.loads(summary.COST.read_text())) in text
     saved = json.loads((ROOT / "experiments/results/autolora-summary.json").read_text())
-    assert json.loads(json.dumps(found)) == saved
+    assert_close(json.loads(json.dumps(found)), saved)
+    # the tables are those of the file: a recomputed float may round the other way elsewhere
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert summary.results_table(saved) in text
+    assert summary.agreement_table(saved) in text
+    assert summary.cost_table(json.loads(summary.COST.read_text())) in text
 
 
 def test_arms_of_a_result_differ_in_ranks_alone():
@@ -113,9 +130,9 @@ def test_differences_to_lora_are_taken_seed_by_seed():
 
 def test_page_holds_the_tables_of_the_result_files():
     found = dylora.summarise(dylora.load())
-    assert dylora.tables(found) in (ROOT / "docs" / "dylora.md").read_text(encoding="utf-8")
     saved = json.loads((ROOT / "experiments/results/dylora-summary.json").read_text())
-    assert json.loads(json.dumps(found)) == saved
+    assert_close(json.loads(json.dumps(found)), saved)
+    assert dylora.tables(saved) in (ROOT / "docs" / "dylora.md").read_text(encoding="utf-8")
 
 
 def test_arms_of_the_dylora_comparison_had_as_many_steps():

@@ -293,9 +293,12 @@ def restored(model: nn.Module) -> Iterator[None]:
     training = model.training
     config = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
+    marked = hasattr(model, "peft_config")
     try:
         yield
     finally:
+        if not marked and hasattr(model, "peft_config"):
+            del model.peft_config
         for name, module in modules.items():  # a parent before its children
             if name and model.get_submodule(name) is not module:
                 _put(model, name, module)
