@@ -97,6 +97,15 @@ def rows_dir(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def many_rows_dir(tmp_path_factory) -> str:
+    """The same with enough validation rows to order pieces by and to judge them on."""
+    folder = tmp_path_factory.mktemp("many-rows")
+    for seed, (split, count) in enumerate({"train": 36, "validation": 80, "test": 12}.items()):
+        write_jsonl(folder / f"{split}.jsonl", make_rows(count, seed))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def plain_peft():
     """Asks the process without rankwise for the logits of an adapter, loaded and merged."""
     from safetensors.torch import load_file, save_file

@@ -31,7 +31,7 @@ def setting_for(of: Family, model, method, folder: Path) -> Setting:
     args = arguments(folder, max_steps=8, learning_rate=2e-2)
     return Setting(
         rows(of),
-        rows(of, seed=2),
+        rows(of, 80, seed=2),
         method.arguments(args),
         task_type_of(model),
         options={"data_collator": default_data_collator},

@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 # where each public name lives
 _HOMES = {
     "rankwise.adapter": ("Adapter",),
-    "rankwise.choose": ("ByLayer", "Curve", "pick", "ranks_by_layer"),
+    "rankwise.choose": ("ByLayer", "Curve", "pick", "ranks_by_layer", "smallest_as_good"),
     "rankwise.errors": (
         "AdapterError",
         "CheckpointError",
@@ -29,6 +29,7 @@ _HOMES = {
     "rankwise.gate": ("attach", "bake"),
     "rankwise.lora": ("build", "check", "uniform"),
     "rankwise.nested": ("curve", "load_nested", "size_loss"),
+    "rankwise.orders": ("Order", "Ordered", "order"),
     "rankwise.plan": ("Entry", "RankPlan"),
     "rankwise.result": ("Result",),
     "rankwise.training": ("search", "train"),

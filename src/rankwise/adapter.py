@@ -33,6 +33,9 @@ from rankwise.plan import (
     within_budget,
 )
 
+# Folders of a run that other sizes are cut from.
+OTHER_SIZES = ("ordered", "nested", "whole")
+ORDER = "order.json"
 WEIGHTS, CONFIG, NESTED = "adapter_model.safetensors", "adapter_config.json", "nested_plan.json"
 
 _FACTOR = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_(embedding_)?([AB])(?:\.weight)?$")
@@ -76,7 +79,7 @@ class Factors:
 
 
 @dataclass(frozen=True)
-class Cut:
+class ModuleCut:
     """What truncation did to one module.
 
     Attributes:
@@ -108,7 +111,7 @@ class Adapter:
     config: dict[str, Any]
     weights: dict[str, Tensor]
     plan: RankPlan | None = None
-    cuts: dict[str, Cut] = field(default_factory=dict)
+    cuts: dict[str, ModuleCut] = field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Adapter":
@@ -278,7 +281,9 @@ class Adapter:
         if missing := {entry.module for entry in self.plan.modules.values()} - set(factors):
             raise PlanError(f"{NESTED} has the module {min(missing)!r}, which the weights lack")
         new = {module: _first(module, old, self.plan, wanted) for module, old in factors.items()}
-        return self._with(new, {name: Cut(factors[name].rank, f.rank) for name, f in new.items()})
+        return self._with(
+            new, {name: ModuleCut(factors[name].rank, f.rank) for name, f in new.items()}
+        )
 
     def _wanted(self, plan: RankPlan, ranks: int | RankPlan) -> dict[str, int]:
         """b by entry, each one a rank that was trained."""
@@ -334,7 +339,7 @@ class Adapter:
             )
         if energy is not None and not 0 < energy <= 1:
             raise AdapterError(f"energy is {energy}; it has to be above 0 and at most 1")
-        spectra = {name: _svd(f) for name, f in factors.items()}
+        spectra = {name: svd(f) for name, f in factors.items()}
         ranks = _ranks(factors, {n: s for n, (_, s, _) in spectra.items()}, r, energy, budget)
         return self._at(spectra, ranks)
 
@@ -361,7 +366,7 @@ class Adapter:
             raise AdapterError(
                 f"budget is {budget}; the adapter has {self.parameters} parameters, give no more"
             )
-        spectra = {name: _svd(f) for name, f in factors.items()}
+        spectra = {name: svd(f) for name, f in factors.items()}
         sigmas = sorted(
             ((float(f.scaling * s), name) for name, f in factors.items() for s in spectra[name][1]),
             reverse=True,
@@ -389,6 +394,29 @@ class Adapter:
         }
         return RankPlan(modules, r=max(e.rank for e in modules.values()), scaling=scaling)
 
+    def with_factors(self, factors: Mapping[str, Factors]) -> "Adapter":
+        """This adapter with other factors for its modules, a stock one; it says what each lost.
+
+        Args:
+            factors: of lower or equal rank, by module; a module that is not there is left without
+                an adapter.
+
+        Raises:
+            AdapterError: a module that the adapter does not have, or no module at all.
+        """
+        before = self.factors()
+        if odd := sorted(set(factors) - set(before)):
+            raise AdapterError(f"the adapter has no module {odd[0]!r}; give factors of its own")
+        if not factors:
+            raise AdapterError("no module would be left; keep at least one piece")
+        cuts = {
+            name: ModuleCut(old.rank, factors[name].rank, _lost_share(old, factors[name]))
+            if name in factors
+            else ModuleCut(old.rank, 0, 1.0)
+            for name, old in before.items()
+        }
+        return self._with(factors, cuts)
+
     def _at(
         self, spectra: Mapping[str, tuple[Tensor, Tensor, Tensor]], ranks: Mapping[str, int]
     ) -> "Adapter":
@@ -399,7 +427,7 @@ class Adapter:
             b = ranks[name]
             total = float((s**2).sum())
             lost = float((s[b:] ** 2).sum()) / total if total > 0 else 0.0
-            cuts[name] = Cut(old.rank, b, lost**0.5)
+            cuts[name] = ModuleCut(old.rank, b, lost**0.5)
             if b == 0:
                 continue
             root = s[:b].sqrt()
@@ -410,7 +438,7 @@ class Adapter:
             )
         return self._with(new, cuts)
 
-    def _with(self, factors: Mapping[str, Factors], cuts: dict[str, Cut]) -> "Adapter":
+    def _with(self, factors: Mapping[str, Factors], cuts: dict[str, ModuleCut]) -> "Adapter":
         """This adapter with other factors, and a config that says their ranks and scalings.
 
         A module that `factors` lacks is left without an adapter.
@@ -533,7 +561,7 @@ def _along(g: Tensor, b: Tensor) -> Tensor:
     return g.view(1, -1, *[1] * (b.dim() - 2))
 
 
-def _svd(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
+def svd(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
     """U (out, r), σ (r,) in descending order, Vᵀ (r, in) of B A, in float64."""
     a = factors.a.flatten(1).double()
     b = factors.b.flatten(1).double()
@@ -574,6 +602,19 @@ def _ranks(
         ),
         key=lambda ranks: sum(lost[name][b] for name, b in ranks.items()),
     )
+
+
+def _lost_share(old: Factors, new: Factors) -> float:
+    """‖ΔW - ΔW'‖ / ‖ΔW‖ in the Frobenius norm, from products of the small factors alone."""
+
+    def product(one: Factors, other: Factors) -> float:
+        b = one.b.flatten(1).double().T @ other.b.flatten(1).double()
+        a = one.a.flatten(1).double() @ other.a.flatten(1).double().T
+        return one.scaling * other.scaling * float((a * b).sum())
+
+    whole = product(old, old)
+    gap = whole - 2 * product(old, new) + product(new, new)
+    return (max(gap, 0.0) / whole) ** 0.5 if whole > 0 else 0.0
 
 
 def _lost(s: Tensor) -> dict[int, float]:

@@ -230,6 +230,44 @@ def pick(curve: Curve, tolerance: float | None = None) -> int:
     )
 
 
+POINT = 0.01
+
+
+def smallest_as_good(curve: Curve, margin: float | None = None) -> int:
+    """The smallest size that is as good as the largest, by paired intervals.
+
+    From the largest size down, the first whose interval of the difference to the largest reaches
+    below the margin ends the walk: testing in this fixed sequence, a size is called as good by
+    mistake no more often than one interval alone would (Maurer, Hothorn and Lehmacher 1995).
+
+    Args:
+        curve: quality at every size.
+        margin: how much worse still counts as good, in the metric's units, at least 0; None is
+            0.01 (for a loss 1 % of it), or one standard error of the metric at the largest size
+            where that is more: rows that cannot tell the metric to a point cannot tell a
+            difference of one.
+
+    Raises:
+        RankwiseError: a negative margin.
+
+    Example:
+        >>> smallest_as_good(curve, margin=0.005)
+        31104
+    """
+    if margin is not None and not margin >= 0:
+        raise RankwiseError(f"margin is {margin}; it has to be >= 0")
+    if margin is None:
+        unbounded = curve.metric.endswith(("loss", "perplexity"))
+        point = POINT * (abs(curve.values[-1]) if unbounded else 1)
+        margin = max(point, curve.standard_errors[-1])
+    found = curve.sizes[-1]
+    for size in reversed(curve.sizes):
+        if curve.difference(size)[1] < -margin:
+            break
+        found = size
+    return found
+
+
 @dataclass(frozen=True)
 class ByLayer:
     """What `ranks_by_layer` found.

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -28,9 +29,11 @@ from transformers import (
 from transformers.integrations import get_reporting_integration_callbacks
 
 from rankwise import tasks
+from rankwise.adapter import OTHER_SIZES
 from rankwise.choose import Curve
 from rankwise.errors import DataError, DivergedError, RankwiseError
 from rankwise.files import write_json
+from rankwise.lora import swap_adapter
 from rankwise.methods import DEFAULT, Kept, LoRA, Method, by_name
 from rankwise.plan import RankPlan
 from rankwise.report.memory import Peak, peak_memory
@@ -47,9 +50,6 @@ RECORDED = (
     "warmup_steps max_grad_norm bf16 gradient_checkpointing train_sampling_strategy seed "
     "use_cpu save_steps"
 ).split()
-
-# Folders of a run that other sizes are cut from.
-OTHER_SIZES = ("nested", "ordered", "whole")
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ class Job:
         tokenizer: the model's.
         train: encoded training rows; None where only an evaluation is wanted.
         evaluation: encoded rows that the figures come from, and that choose nothing.
+        validation: encoded rows that may choose, where the task has some beside these; else None.
         split: which ones these are, "validation" or "test".
         args: TrainingArguments; the output folder is each stage's own.
         max_length: tokens of a row.
@@ -93,6 +94,7 @@ class Job:
     tokenizer: PreTrainedTokenizerBase
     train: Dataset | None
     evaluation: Dataset
+    validation: Dataset | None
     split: str
     args: TrainingArguments
     max_length: int
@@ -244,7 +246,11 @@ def load_job(
     split, rows = _evaluation_rows(task, eval_split)
     train = None if task.train is None else task.encode(task.train, tokenizer, max_length)
     evaluation = task.encode(rows, tokenizer, max_length)
-    return Job(task, source, tokenizer, train, evaluation, split, args, max_length, command)
+    spare = task.validation if split == "test" else None
+    validation = None if spare is None else task.encode(spare, tokenizer, max_length)
+    return Job(
+        task, source, tokenizer, train, evaluation, validation, split, args, max_length, command
+    )
 
 
 def _evaluation_rows(task: tasks.Task, wanted: str) -> tuple[str, Dataset]:
@@ -314,6 +320,8 @@ def split_rows(method: Method, job: Job) -> TwoSets:
     """The rows that a method trains on, and those of them that it chooses on."""
     if not method.chooses:
         return TwoSets(job.train_rows, job.train_rows.select([]))
+    if method.takes_validation and job.validation is not None:
+        return TwoSets(job.train_rows, job.validation)
     return two_sets(job.train_rows, None, method.held_out_share, job.args.seed)
 
 
@@ -435,6 +443,7 @@ def _train_stage(
             "evaluated": len(job.evaluation),
         },
         "metrics": evaluate(job, trainer),
+        "rivals": _rivals(method, job, trainer, kept, head),
         "trainable_parameters": (lora or 0) + head,
         "lora_parameters": lora,
         "cost": {
@@ -447,6 +456,22 @@ def _train_stage(
         "resumed": resume,
         **_choice(kept),
     }
+
+
+def _rivals(
+    method: Method, job: Job, trainer: Trainer, kept: Kept, head: int
+) -> list[dict[str, Any]]:
+    """What else the same training could have given, measured on the same rows."""
+    found = []
+    for name, adapter in method.rivals(kept).items():
+        with TemporaryDirectory() as scratch:
+            adapter.save(Path(scratch) / "adapter")
+            swap_adapter(trainer, Path(scratch) / "adapter")
+        size = adapter.parameters
+        about = {"name": name, "metrics": evaluate(job, trainer), "lora_parameters": size}
+        ranks = {module: f.rank for module, f in adapter.factors().items()}
+        found.append(about | {"trainable_parameters": size + head, "ranks": ranks})
+    return found
 
 
 def _hand_over(method: Method, job: Job, trainer: Trainer, kept: Kept, folder: Path) -> None:
@@ -504,7 +529,8 @@ def _record(
             "versions": {p: version(p) for p in ("rankwise", "torch", "transformers", "peft")},
         },
     )
-    result = Result.from_dict(result.to_dict())
+    rivals = [replace(result, claim="", curve=None, figures={}, **r) for r in found["rivals"]]
+    result = Result.from_dict(result.with_controls(rivals, "").to_dict())
     result.save(folder / "result.json")
     return result
 

@@ -23,7 +23,7 @@ from rankwise.trainer import FiniteTrainer
 FAST = (
     "--max_steps 4 --per_device_train_batch_size 8 --learning_rate 1e-2 --save_steps 2 --use_cpu"
 ).split()
-SEARCH = ["--r=4", "--gate_learning_rate=0.1"]
+SEARCH = ["--method=autolora", "--r=4", "--gate_learning_rate=0.1"]
 
 
 def for_train(flags: list[str]) -> list[str]:
@@ -283,7 +283,8 @@ def test_other_kinds_of_task(base, tiny_bert, tmp_path, kind, metric):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "out"
     flags = ["--model_name_or_path", tiny_bert, "--train_file", str(path), *FAST]
-    main(["run", *flags, "--control", "none", "--output_dir", str(out)])
+    few = ["--method", "autolora"]  # which needs no more rows than these to choose on
+    main(["run", *few, *flags, "--control", "none", "--output_dir", str(out)])
     found = metrics_of(out)
     assert metric in found["metrics"]
     assert found["rows"]["evaluated"] == 2  # a tenth of train, held out
@@ -366,12 +367,13 @@ NOT_FOR_BERT = {"llama-adapter"}
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in NOT_FOR_BERT])
 def test_every_method_runs_and_what_it_hands_over_is_what_was_measured(
-    name, tiny_bert, rows_dir, tmp_path, capsys
+    name, tiny_bert, rows_dir, many_rows_dir, tmp_path, capsys
 ):
     method, out = METHODS[name], tmp_path / "out"
     own = {"r": ["4"], "ranks": ["1", "2"], "gate_learning_rate": ["0.1"]}
     flags = [word for k, v in own.items() if hasattr(method, k) for word in (f"--{k}", *v)]
-    data = ["--model_name_or_path", tiny_bert, "--data_dir", rows_dir]
+    rows = many_rows_dir if method.takes_validation else rows_dir
+    data = ["--model_name_or_path", tiny_bert, "--data_dir", rows]
     main(["run", "--method", name, *data, *FAST, *flags, "--output_dir", str(out)])
     capsys.readouterr()
     main(["evaluate", "--adapter", str(out), *data, "--use_cpu"])
@@ -846,6 +848,7 @@ def test_a_config_file_of_a_whole_run(tiny_bert, rows_dir, tmp_path):
     config = {
         "model_name_or_path": tiny_bert,
         "data_dir": rows_dir,
+        "method": "autolora",
         "max_search_steps": 4,
         "per_device_train_batch_size": 8,
         "control": "random",

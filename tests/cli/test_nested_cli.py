@@ -311,7 +311,7 @@ def test_flags_that_make_no_sense(base, tmp_path, capsys, flags, words):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ([], ["give one of --rank, --energy, --budget and --plan"]),
+        ([], ["give one of --rank, --energy, --budget, --keep and --plan"]),
         (["--rank", "2", "--budget", "900"], ["give one of", "--rank and --budget"]),
         (["--rank", "0"], ["rank 0", "1, 2, 3, 4"]),
         (["--rank", "5"], ["rank 5", "was not trained", "1, 2, 3, 4"]),

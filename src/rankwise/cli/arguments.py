@@ -118,6 +118,7 @@ class CutArguments:
         None, "the smallest rank of each module that keeps this share of its update's energy"
     )
     budget: int | None = flag(None, "at most so many LoRA parameters in all")
+    keep: float | None = flag(None, "at most this share of the LoRA parameters")
     plan: str | None = flag(None, "plan.json with the ranks of a nested adapter's modules")
     svd: bool = flag(False, "cut a nested adapter by SVD too, as if it were an ordinary one")
 

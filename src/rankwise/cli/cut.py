@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> None:
     """Cut an adapter to a smaller rank: without data, base model or GPU.
 
-    A nested one keeps its first pieces, as trained. Any other PEFT LoRA adapter is cut by the exact
-    SVD of its own updates.
+    One that a run ordered is cut by its order; a nested one keeps its first pieces, as trained. Any
+    other PEFT LoRA adapter is cut by the exact SVD of its own updates.
     """
     which, cut, output = parse(
         "cut",
@@ -29,22 +29,26 @@ def main(argv: Sequence[str]) -> None:
         ],
         argv,
     )
-    from rankwise.adapter import Adapter, adapter_folder
+    from rankwise.adapter import ORDER, OTHER_SIZES, Adapter, adapter_folder
     from rankwise.files import replace_folder
 
     # of a run the one with all pieces, before the one that was picked out of it
     given = required(which.adapter, "adapter", "cut")
-    source = adapter_folder(given, "nested", "whole", "adapter")
+    source = adapter_folder(given, *OTHER_SIZES, "adapter")
     target = Path(required(output.output_dir, "output_dir", "cut"))
-    ways = [name for name in ("rank", "energy", "budget", "plan") if getattr(cut, name) is not None]
+    ways = [
+        name
+        for name in ("rank", "energy", "budget", "keep", "plan")
+        if getattr(cut, name) is not None
+    ]
     if len(ways) != 1:
         raise AdapterError(
-            "give one of --rank, --energy, --budget and --plan; got "
+            "give one of --rank, --energy, --budget, --keep and --plan; got "
             + (" and ".join(f"--{way}" for way in ways) or "none")
         )
     _check_target(target, source, output)
     adapter = Adapter.load(source)
-    smaller = _cut(adapter, cut)
+    smaller = _by_order(source, cut) if (source / ORDER).is_file() else _cut(adapter, cut)
     work = target.with_name(f".{target.name}.new")
     shutil.rmtree(work, ignore_errors=True)
     smaller.save(work)
@@ -77,10 +81,20 @@ def _check_target(target: Path, source: Path, output: OutputArguments) -> None:
         raise OutputError(f"{target} was not written by rankwise cut; give another")
 
 
+def _by_order(source: Path, cut: CutArguments) -> "Adapter":
+    from rankwise.orders import Ordered
+
+    if cut.energy is not None or cut.plan is not None or cut.svd:
+        raise AdapterError("an ordered adapter takes --budget, --keep or --rank")
+    return Ordered.load(source).cut(cut.budget, keep=cut.keep, rank=cut.rank)
+
+
 def _cut(adapter: "Adapter", cut: CutArguments) -> "Adapter":
     from rankwise.choose import uniform_within
     from rankwise.plan import RankPlan
 
+    if cut.keep is not None:
+        cut.budget = int(cut.keep * adapter.parameters)
     if adapter.plan is None or cut.svd:
         if cut.plan is not None:
             raise AdapterError(

@@ -28,7 +28,7 @@ DEFAULTS = {
     "logging_steps": 20,
     "output_dir": "runs/demo",
 }
-TRAIN, VALIDATION, TEST = 1_600, 200, 1_000
+TRAIN, VALIDATION, TEST = 1_600, 1_000, 2_000
 
 
 def main(argv: Sequence[str]) -> None:

@@ -65,6 +65,7 @@ def run(
         console.print(f"[bold]{number}/{count}[/bold] {control.title}, on the same rows")
         if (found := _train_control(control, method, job, work, arm, resume)) is not None:
             results.append(found)
+    results = [*ours.controls, *results]  # its own rivals first
     ours = ours.with_controls(results, verdict(ours, results))
     report(ours, work)
     folder = finish(work, target)
@@ -146,9 +147,9 @@ def _train_control(
 
 def show(result: "Result", folder: Path) -> None:
     """Prints a finished run: curve, table, verdict, and where things are."""
+    from rankwise.adapter import OTHER_SIZES
     from rankwise.choose import Curve
     from rankwise.cli.show import console
-    from rankwise.job import OTHER_SIZES
     from rankwise.report import choice, print_curve, print_table
 
     if result.curve is not None:
@@ -159,9 +160,10 @@ def show(result: "Result", folder: Path) -> None:
     more = next((name for name in OTHER_SIZES if (folder / name).is_dir()), None)
     if more is not None:
         console.print(f"every other size is in {folder / more}, cut in seconds and without data:")
-        curve = result.curve or {}
-        least = curve["sizes"][0] if curve.get("unit") == "rank" else 1
-        command = f"rankwise cut --adapter {folder} --rank {least} --output_dir DIR"
+        curve = result.curve or {"unit": "rank", "sizes": [1]}
+        flag = "rank" if curve["unit"] == "rank" else "budget"
+        least = curve["sizes"][0]
+        command = f"rankwise cut --adapter {folder} --{flag} {least} --output_dir DIR"
         console.print(f"  {command}", soft_wrap=True)
     made = ", ".join(path.name for path in sorted(folder.iterdir()))
     console.print(f"in {folder}: {made}")

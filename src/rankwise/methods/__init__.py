@@ -9,6 +9,7 @@ from rankwise.methods.adalora import AdaLoRA
 from rankwise.methods.autolora import AutoLoRA
 from rankwise.methods.base import Kept, LoraMethod, Method, Setting
 from rankwise.methods.compacter import Compacter
+from rankwise.methods.cut import CutByData
 from rankwise.methods.dylora import DyLoRA
 from rankwise.methods.eva import EVA
 from rankwise.methods.flop import FLOP
@@ -20,6 +21,7 @@ from rankwise.methods.prompts import LlamaAdapter, PrefixTuning, PromptTuning, P
 from rankwise.methods.svd import SvdCut
 
 METHODS: dict[str, Method] = {
+    "cut": CutByData(),
     "lora": LoRA(),
     "lora-grid": LoraGrid(),
     "random": RandomPlan(),
@@ -45,7 +47,7 @@ METHODS: dict[str, Method] = {
     "ia3": IA3(),
 }
 
-DEFAULT = "autolora"  # of fit and run
+DEFAULT = "cut"  # of fit and run
 DEFAULT_SEARCH = "autolora"  # of search
 
 _CLASSES = {type(method).__name__: type(method) for method in METHODS.values()}
@@ -93,6 +95,7 @@ __all__ = [
     "AdaLoRA",
     "AutoLoRA",
     "Compacter",
+    "CutByData",
     "DyLoRA",
     "FullFineTuning",
     "Houlsby",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import Trainer, TrainingArguments
 
+    from rankwise.adapter import Adapter
     from rankwise.choose import Curve
     from rankwise.plan import RankPlan
 
@@ -90,6 +91,8 @@ class Method:
         claim: what has to pay for the method to be worth it, for the verdict; "" for a baseline.
         anew: whether the kept plan is trained from scratch, on all rows, as plain LoRA.
         chooses: whether `keep` needs held-out rows.
+        takes_validation: whether the task's validation rows choose, where they are not the ones
+            that are evaluated; else a share of the training rows does.
         resumable: whether a checkpoint of its training can be gone on with.
         product: name of the folder that `hand_over` writes.
         stock: who reads that without rankwise: "peft", "transformers", or "" for nobody.
@@ -100,6 +103,7 @@ class Method:
     claim: ClassVar[str] = ""
     anew: ClassVar[bool] = False
     chooses: ClassVar[bool] = False
+    takes_validation: ClassVar[bool] = False
     resumable: ClassVar[bool] = True
     product: ClassVar[str] = "adapter"
     stock: ClassVar[str] = "peft"
@@ -188,6 +192,10 @@ class Method:
         """Writes `folder/<product>`, and leaves `trainer.model` computing what lies there."""
         model = trainer.accelerator.unwrap_model(trainer.model)
         model.save_pretrained(str(folder / self.product))
+
+    def rivals(self, kept: Kept) -> "Mapping[str, Adapter]":
+        """Other adapters out of the same training, of the same size: what tables set beside it."""
+        return {}
 
     def label(self, plan: "RankPlan | None") -> str:
         """What tables call an arm that this method trained."""

@@ -46,7 +46,13 @@ class LoRA(LoraMethod):
             plan.lora_config()  # refuses a plan of zeros
             return plan
         plan = super().start(model, setting)
-        return plan if self.budget is None else nearest(plan, self.budget)
+        if self.budget is None:
+            return plan
+        least = RankPlan.uniform(plan, 1).parameters
+        if self.budget < least / 2 and self.target_modules == "all-linear":
+            # rank 1 everywhere is too large: query and value alone
+            plan = LoRA(self.r, self.lora_alpha, target_modules=None).start(model, setting)
+        return nearest(plan, self.budget)
 
     def label(self, plan: RankPlan | None) -> str:
         ranks = set() if plan is None else set(plan.ranks.values())
@@ -96,12 +102,10 @@ class LoraGrid(LoraMethod):
 
     def start(self, model: "nn.Module", setting: Setting) -> RankPlan:
         """Every module at the largest rank of the grid, at the scaling of r."""
-        return replace(self, r=self.ranks[-1], lora_alpha=self.scaling * self.ranks[-1])._whole(
+        top = self.ranks[-1]
+        return LoRA(r=top, lora_alpha=self.scaling * top, target_modules=self.target_modules).start(
             model, setting
         )
-
-    def _whole(self, model: "nn.Module", setting: Setting) -> RankPlan:
-        return super().start(model, setting)
 
     def choose(
         self, model: "nn.Module", setting: Setting, resume: str | bool | None = None

@@ -1,5 +1,6 @@
 """The tables of a run, a curve and a cut, and the sentence under them; from result records only."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from rich.table import Table
 from rankwise.choose import Curve
 from rankwise.result import Result
 from rankwise.tasks.metrics import find_metric
+
+LARGER = 1.5  # times as many parameters: no longer of the same size
 
 
 def _table(**options: Any) -> Table:
@@ -69,7 +72,7 @@ def print_cuts(cuts: Mapping[str, Any], console: Console | None = None) -> None:
     """Prints what a cut did to every module.
 
     Args:
-        cuts: `rankwise.adapter.Cut` by module.
+        cuts: `rankwise.adapter.ModuleCut` by module.
         console: standard output where None.
     """
     table = _table()
@@ -86,6 +89,8 @@ def choice(result: Result) -> str:
     figures, ranks = result.figures, set((result.ranks or {}).values())
     if "picked_by" not in figures:
         return ""
+    if "choice" in figures:
+        return str(figures["choice"])
     what = f"rank {ranks.pop()}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
     said = f"picked {what} ({figures['picked_by']})"
     if (found := figures.get("by_layer")) is None:
@@ -113,6 +118,8 @@ def verdict(ours: Result, controls: Sequence[Result]) -> str:
     claim = ours.claim or ours.name
     lines = []
     for control in controls:
+        if (control.lora_parameters or 0) > LARGER * (ours.lora_parameters or math.inf):
+            continue  # for reference: it does not compete at this size
         gain = sign * (ours.metrics[metric] - control.metrics[metric])
         if gain != gain:
             lines.append(f"{control.name}: {metric} is not a number, which says nothing.")

@@ -1,0 +1,206 @@
+"""LoRA, cut after training to the smallest size that held-out rows call as good.
+
+One training; then an order of all its rank-1 pieces by what some held-out rows say
+(`rankwise.orders`), the quality of several sizes on other rows (`rankwise.choose`), and the
+smallest that is as good. Every other size is a cut of the same order.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from rankwise.errors import DataError, RankwiseError
+from rankwise.methods.base import Kept, LoraMethod, Setting, flag
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import Trainer
+
+    from rankwise.adapter import Adapter
+    from rankwise.choose import Curve
+    from rankwise.orders import Ordered
+    from rankwise.plan import RankPlan
+    from rankwise.rows import TwoSets
+
+LEAST_ROWS = 64  # half of them order, half judge
+
+
+@dataclass(frozen=True)
+class CutByData(LoraMethod):
+    """Trains LoRA of rank r on all linear layers, and keeps the smallest cut that is as good.
+
+    "As good" is a statement about an interval, not about two means: the lower end of the paired
+    95 % interval of the difference to all pieces, over the rows that judge, lies within the margin.
+
+    Raises:
+        RankwiseError: a flag out of range. DataError: too few held-out rows.
+
+    Example:
+        >>> fitted = rankwise.fit("cut", "rows.csv", model="roberta-base", output_dir="runs/first")
+        >>> fitted.curve.sizes
+        (2592, 5184, 10368, 20736, 41472, 82944, 165888, 331776)
+    """
+
+    title: ClassVar[str] = "LoRA, cut by data"
+    source: ClassVar[str] = "docs/cut.md"
+    claim: ClassVar[str] = "cutting"
+    chooses: ClassVar[bool] = True
+    takes_validation: ClassVar[bool] = True
+
+    budget: int | None = flag(None, "hand over this size, in parameters, whatever the curve says")
+    margin: float | None = flag(
+        None, "how much worse than all pieces is as good, in the metric's units; without it, 0.01, "
+        "or one standard error of the metric where the rows cannot tell 0.01"
+    )  # fmt: skip
+    sizes: int = flag(8, "sizes on the curve, each half of the one before")
+    order_rows: int = flag(400, "held-out rows that make the order, at most half; the rest judge")
+    validation_fraction: float = flag(
+        0.2, "share of the training rows that is held out, where there are no validation rows"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budget is not None and self.budget < 1:
+            raise RankwiseError(f"budget is {self.budget}; it has to be at least 1")
+        if self.margin is not None and not 0 <= self.margin < float("inf"):
+            raise RankwiseError(f"margin is {self.margin}; it has to be at least 0")
+        for name in ("sizes", "order_rows"):
+            if getattr(self, name) < 2:
+                raise RankwiseError(f"{name} is {getattr(self, name)}; it has to be at least 2")
+
+    def check(self, model: "nn.Module", setting: Setting) -> None:
+        plan = self.start(model, setting)
+        self.halves(setting)
+        if self.budget is not None:
+            self._check_budget(plan)
+
+    def _check_budget(self, plan: "RankPlan") -> None:
+        least = max(entry.cost for entry in plan.modules.values())
+        if not least <= (self.budget or 0) <= plan.parameters:
+            raise RankwiseError(
+                f"budget is {self.budget}; cuts of this adapter have {least:,} to "
+                f"{plan.parameters:,} parameters"
+            )
+
+    def halves(self, setting: Setting) -> "TwoSets":
+        """The held-out rows that make the order (`train`), and those that judge it (`validation`).
+
+        Raises:
+            DataError: too few for both.
+        """
+        from rankwise.rows import hold_out
+
+        count = len(setting.held_out)
+        if count < LEAST_ROWS:
+            raise DataError(
+                f"{count} held-out rows are too few: half of at least {LEAST_ROWS} order the "
+                "pieces and half judge the cuts; give more rows, or a larger validation_fraction"
+            )
+        order = min(self.order_rows, count // 2)
+        return hold_out(setting.held_out, count - order, setting.args.seed)
+
+    def keep(self, trainer: Any, plan: "RankPlan | None", setting: Setting) -> Kept:
+        from rankwise.choose import smallest_as_good
+        from rankwise.orders import order
+
+        assert plan is not None
+        rows = self.halves(setting)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        ordered = order(
+            model, list(trainer.get_eval_dataloader(rows.train)), seed=setting.args.seed
+        )
+        cuts = self.cuts(ordered)
+        found = _measured(trainer, cuts, rows.validation, setting)
+        if self.budget is None:
+            small = cuts[smallest_as_good(found, self.margin)]
+        else:
+            small = ordered.cut(self.budget)
+        kept = replace(small.as_plan(plan.scaling), r=self.r)
+        figures = {
+            "order_rows": len(rows.train),
+            "picked_by": "as good" if self.budget is None else "budget",
+            "choice": _said(found, kept, ordered),
+        }
+        return Kept(kept, found, figures, found=(ordered, small))
+
+    def cuts(self, ordered: "Ordered") -> dict[int, "Adapter"]:
+        """The adapter at each size of the curve, by its parameters."""
+        from rankwise.errors import AdapterError
+
+        found = {}
+        for halvings in range(self.sizes):
+            try:
+                small = ordered.cut(ordered.order.parameters >> halvings)
+            except AdapterError:  # no piece fits
+                break
+            found[small.parameters] = small
+        return found
+
+    def rivals(self, kept: Kept) -> dict[str, "Adapter"]:
+        from rankwise.orders import Ordered, at_random, by_sigma
+
+        ordered, small = kept.found
+        whole, size = ordered.adapter, small.parameters
+        factors = whole.factors()
+        orders = {"one threshold on σ": by_sigma(factors), "random order": at_random(factors)}
+        return {
+            "all pieces": whole,
+            **{name: Ordered(whole, by).cut(size) for name, by in orders.items()},
+        }
+
+    def hand_over(self, trainer: "Trainer", kept: Kept, folder: Path) -> None:
+        from rankwise.lora import swap_adapter
+
+        ordered, small = kept.found
+        ordered.save(folder / "ordered")
+        small.save(folder / "adapter")
+        swap_adapter(trainer, folder / "adapter")
+
+
+def _measured(trainer: Any, cuts: "Mapping[int, Adapter]", rows: Any, setting: Setting) -> "Curve":
+    """The quality of each cut, written into the trained model in turn."""
+    from rankwise.choose import measure_sizes
+    from rankwise.curvature import read, write
+    from rankwise.orders import padded
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    whole = read(model)
+
+    def set_size(size: int) -> None:
+        factors = cuts[size].factors()
+        write(model, {name: padded(factors.get(name), f) for name, f in whole.items()})
+
+    try:
+        return measure_sizes(
+            trainer,
+            rows,
+            set_size,
+            sorted(cuts),
+            unit="parameters",
+            metric=setting.metric,
+            greater_is_better=setting.greater_is_better,
+        )
+    finally:
+        write(model, whole)
+
+
+def _said(found: "Curve", plan: "RankPlan", ordered: "Ordered") -> str:
+    """The verdict in words."""
+    ranks, modules = plan.ranks.values(), len(ordered.order.pieces)
+    low_rank = 0 if len(ranks) < modules else min(ranks)
+    size = (
+        f"{plan.parameters:,} of {ordered.order.parameters:,} parameters (rank {low_rank} to "
+        f"{max(ranks)}, {len(ranks)} of {modules} modules)"
+    )
+    if plan.parameters not in found.sizes:
+        return f"{size}, as asked for; its size is not on the curve"
+    i = found.sizes.index(plan.parameters)
+    _, low, high = found.difference(plan.parameters)
+    if i == len(found.sizes) - 1:
+        return f"{size}: no smaller size could be shown to be as good on {found.rows:,} rows"
+    return (
+        f"{size} are as good as all: {found.metric} {found.values[i]:.4f} against "
+        f"{found.values[-1]:.4f}, paired 95 % interval of the difference {low:+.4f} to {high:+.4f} "
+        f"on {found.rows:,} rows"
+    )
