@@ -19,6 +19,7 @@ import numpy as np
 from rankwise import RankPlan
 from rankwise.files import write_json, write_text
 from rankwise.report import save_heatmap
+from rankwise.result import Result
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -40,7 +41,8 @@ METRIC = {
     "matthews_correlation": "Matthews",
     "f1": "F1",
 }
-ARMS = {"learned": (), "uniform r=4": ("control",), "random, same size": ("random_control",)}
+# by the column of the table, which of a run's results: itself, or one of its controls
+ARMS = {"learned": None, "uniform r=4": 0, "random, same size": 1}
 PERMUTATIONS = 20_000
 
 
@@ -66,49 +68,46 @@ def main() -> None:
     save_heatmap(plan, HERE.parent / "docs" / "ranks.png")
 
 
-def load() -> dict[str, list[dict[str, Any]]]:
-    """Runs by task, in the order of seeds; each with its plan's ranks under "ranks"."""
-    runs: dict[str, list[dict[str, Any]]] = {}
+def load() -> dict[str, list[Result]]:
+    """Runs by task, in the order of seeds."""
+    runs: dict[str, list[Result]] = {}
     for path in sorted((HERE / "results" / "autolora").glob("*-seed*.json")):
         if path.name.endswith(".plan.json"):
             continue
-        found = json.loads(path.read_text())
-        found["ranks"] = RankPlan.load(path.with_name(f"{path.stem}.plan.json")).ranks
-        runs.setdefault(path.name.partition("-seed")[0], []).append(found)
+        runs.setdefault(path.name.partition("-seed")[0], []).append(Result.load(path))
     return runs
 
 
-def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(runs: list[Result]) -> dict[str, Any]:
     """One task: mean and sd over seeds of the main metric per arm, of the gains, of the ranks."""
-    metric = runs[0]["task"]["metrics"][0]
-    score = {arm: [pick(run, keys)["eval"][metric] for run in runs] for arm, keys in ARMS.items()}
+    metric = runs[0].task["metrics"][0]
+    score = {arm: [pick(run, which).metrics[metric] for run in runs] for arm, which in ARMS.items()}
     gain = {
         arm: spread([a - b for a, b in zip(score["learned"], score[arm], strict=True)])
         for arm in list(ARMS)[1:]
     }
     return {
         "metric": metric,
-        "seeds": [run["training"]["seed"] for run in runs],
-        "eval_rows": runs[0]["eval"]["rows"],
-        "train_rows": runs[0]["train_rows"],
-        "learning_rate": runs[0]["training"]["learning_rate"],
+        "seeds": [run.training["seed"] for run in runs],
+        "eval_rows": runs[0].rows["evaluated"],
+        "train_rows": runs[0].rows["train"],
+        "learning_rate": runs[0].training["learning_rate"],
         "score": {arm: spread(values) for arm, values in score.items()},
         "gain_over": gain,
         "parameters": {
-            arm: spread([pick(run, keys)["lora_parameters"] for run in runs])
-            for arm, keys in ARMS.items()
+            arm: spread([pick(run, which).lora_parameters for run in runs])
+            for arm, which in ARMS.items()
         },
-        "mean_rank": spread([run["mean_rank"] for run in runs]),
-        "lowest_rank": min(min(run["ranks"].values()) for run in runs),
-        "highest_rank": max(max(run["ranks"].values()) for run in runs),
-        "agreement": agreement([list(run["ranks"].values()) for run in runs]),
+        "mean_rank": spread([round(statistics.mean(run.ranks.values()), 4) for run in runs]),
+        "lowest_rank": min(min(run.ranks.values()) for run in runs),
+        "highest_rank": max(max(run.ranks.values()) for run in runs),
+        "agreement": agreement([list(run.ranks.values()) for run in runs]),
     }
 
 
-def pick(run: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
-    for key in keys:
-        run = run[key]
-    return run
+def pick(run: Result, control: int | None) -> Result:
+    """The run's own result, or one of its controls'."""
+    return run if control is None else run.controls[control]
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -79,11 +79,11 @@ def test_readme_holds_the_tables_of_the_result_files():
 def test_arms_of_a_result_differ_in_ranks_alone():
     for task, runs in summary.load().items():
         for run in runs:
-            arms = [summary.pick(run, keys) for keys in summary.ARMS.values()]
-            assert len({arm["steps"] for arm in arms}) == 1, task
-            learned, uniform, drawn = (arm["lora_parameters"] for arm in arms)
+            arms = [summary.pick(run, which) for which in summary.ARMS.values()]
+            assert len({arm.cost["steps"] for arm in arms}) == 1, task
+            learned, uniform, drawn = (arm.lora_parameters for arm in arms)
             assert learned == drawn, task
-            assert uniform == 4 * len(run["ranks"]) * 768, task
+            assert uniform == 4 * len(run.ranks) * 768, task
 
 
 def made_up(seed: int, bonus: float) -> dict:
