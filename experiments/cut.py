@@ -1,13 +1,13 @@
-"""Ways to cut one trained LoRA to a size, on the same adapter, the same rows and by the same measure.
+"""Ways to cut one trained LoRA to a size: the same adapter, the same rows, the same measure.
 
     python experiments/cut.py --data_dir DATA --model MODEL [--only sst2 stsb] [--seeds 0 1 2]
 
 DATA holds one folder per task (`sst2/train.jsonl`, `sst2/validation.jsonl`, ...). For each task and
-seed LoRA of rank 8 is trained on all linear layers, once. Every order then cuts that adapter to 1/4,
-1/8, ... 1/64 of its parameters, and the cuts are measured on the official validation rows, which no
-order has seen; 400 training rows, which the training has not seen, are what the orders by data see.
-Beside them LoRA trained from scratch at rank 1 of all linear layers (1/8 of the parameters) and of
-query and value (about 1/36), for as many steps.
+seed LoRA of rank 8 is trained on all linear layers, once. Every order then cuts that adapter to
+1/4, 1/8, ... 1/64 of its parameters, and the cuts are measured on the official validation rows,
+which no order has seen; 400 training rows, which the training has not seen, are what the orders by
+data see. Beside them LoRA trained from scratch at rank 1 of all linear layers (1/8 of the
+parameters) and of query and value (about 1/36), for as many steps.
 
 One JSON file a task and seed in experiments/results/cut/; files that are there are skipped, arms
 that a file lacks are added, so that the grid can be stopped and started again. `--tune` instead

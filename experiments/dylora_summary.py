@@ -198,7 +198,9 @@ def elastic_table(tasks: dict[str, Any]) -> str:
         scores = [points(by_layer["uniform"]), points(by_layer["elastic"])]
         rows.append([label(task, found), *scores, points(by_layer["gain"], sign=True)])
     head = ["task, metric", "rank 3 everywhere", "by layer", "gain"]
-    return "Ranks by layer (`--elastic`) against one rank at the same size:\n\n" + table(head, rows)
+    return "Ranks by layer (`--by_layer`) against one rank at the same size:\n\n" + table(
+        head, rows
+    )
 
 
 def draw(summary: dict[str, Any], path: Path) -> None:
