@@ -530,14 +530,18 @@ def adapter_folder(path: str | Path, *within: str) -> Path:
     raise AdapterError(f"no {CONFIG} in {path}{inside}; give an adapter's folder")
 
 
-def card_header(base: str | None) -> str:
-    """The YAML at the head of a model card. A hub id alone may stand there as the base model: the
-    hub refuses a folder's name.
+def card_header(base: str | None, library: str = "peft", lora: bool = True) -> str:
+    """The YAML at the head of a model card.
+
+    Args:
+        base: the base model; a hub id alone may stand there, since the hub refuses a folder's name.
+        library: that loads what lies in the folder; "" for none that the hub knows.
+        lora: whether that is a LoRA adapter.
     """
     known = [f"base_model: {base}"] if base and not Path(base).exists() else []
-    return "\n".join(
-        ["---", *known, "library_name: peft", "tags:", "- lora", "- rankwise", "---", "", ""]
-    )
+    named = [f"library_name: {library}"] if library else []
+    tags = ["- lora"] * lora + ["- rankwise"]
+    return "\n".join(["---", *known, *named, "tags:", *tags, "---", "", ""])
 
 
 def _span(ranks: set[int]) -> str:

@@ -52,7 +52,8 @@ def write_card(folder: Path, result: Result, plan: RankPlan | None) -> None:
         f"{_training(result)}{scaling}",
         "",
     ]
-    write_text(folder / "README.md", card_header(base) + "\n".join(body))
+    header = card_header(base, method.stock, lora=plan is not None)
+    write_text(folder / "README.md", header + "\n".join(body))
 
 
 def _training(result: Result) -> str:
