@@ -68,7 +68,7 @@ class Recipe:
 
 GRID = {
     "sst2": Recipe("glue/sst2"),
-    "stsb": Recipe("glue/stsb"),
+    "stsb": Recipe("glue/stsb", learning_rate=3e-4),
     "qnli": Recipe("glue/qnli"),
     "mrpc": Recipe("glue/mrpc", epochs=3),
     "cola": Recipe("glue/cola", epochs=3),
