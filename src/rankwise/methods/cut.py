@@ -144,10 +144,11 @@ class CutByData(LoraMethod):
         whole, size = ordered.adapter, small.parameters
         factors = whole.factors()
         orders = {"one threshold on σ": by_sigma(factors), "random order": at_random(factors)}
-        return {
-            "all pieces": whole,
-            **{name: Ordered(whole, by).cut(size) for name, by in orders.items()},
-        }
+        found = {"all pieces": whole}
+        for name, by in orders.items():
+            if by.pieces[by.sequence[0][0]].cost <= size:  # else it has no cut so small
+                found[name] = Ordered(whole, by).cut(size)
+        return found
 
     def hand_over(self, trainer: "Trainer", kept: Kept, folder: Path) -> None:
         from rankwise.lora import swap_adapter
