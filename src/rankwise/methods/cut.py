@@ -120,7 +120,7 @@ class CutByData(LoraMethod):
         figures = {
             "order_rows": len(rows.train),
             "picked_by": "as good" if self.budget is None else "budget",
-            "choice": _said(found, kept, ordered),
+            "choice": _said(found, kept, ordered, asked=self.budget is not None),
         }
         return Kept(kept, found, figures, found=(ordered, small))
 
@@ -186,8 +186,8 @@ def _measured(trainer: Any, cuts: "Mapping[int, Adapter]", rows: Any, setting: S
         write(model, whole)
 
 
-def _said(found: "Curve", plan: "RankPlan", ordered: "Ordered") -> str:
-    """The verdict in words."""
+def _said(found: "Curve", plan: "RankPlan", ordered: "Ordered", asked: bool) -> str:
+    """The verdict in words; of a size that was asked for, the figures without a verdict."""
     ranks, modules = plan.ranks.values(), len(ordered.order.pieces)
     low_rank = 0 if len(ranks) < modules else min(ranks)
     size = (
@@ -198,10 +198,12 @@ def _said(found: "Curve", plan: "RankPlan", ordered: "Ordered") -> str:
         return f"{size}, as asked for; its size is not on the curve"
     i = found.sizes.index(plan.parameters)
     _, low, high = found.difference(plan.parameters)
-    if i == len(found.sizes) - 1:
+    if not found.greater_is_better:  # the difference of the two values as they stand there
+        low, high = 0.0 - high, 0.0 - low
+    if i == len(found.sizes) - 1 and not asked:
         return f"{size}: no smaller size could be shown to be as good on {found.rows:,} rows"
     return (
-        f"{size} are as good as all: {found.metric} {found.values[i]:.4f} against "
+        f"{size}{', as asked for' if asked else ' are as good as all'}: {found.metric} {found.values[i]:.4f} against "
         f"{found.values[-1]:.4f}, paired 95 % interval of the difference {low:+.4f} to {high:+.4f} "
         f"on {found.rows:,} rows"
     )
