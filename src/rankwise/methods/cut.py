@@ -154,9 +154,20 @@ class CutByData(LoraMethod):
         from rankwise.lora import swap_adapter
 
         ordered, small = kept.found
+        # The order was made before the run wrote into the config where the base model is from.
+        live = trainer.accelerator.unwrap_model(trainer.model).peft_config["default"]
+        about = {key: getattr(live, key) for key in ("base_model_name_or_path", "revision")}
+        ordered, small = (
+            replace(ordered, adapter=_about(ordered.adapter, about)),
+            _about(small, about),
+        )
         ordered.save(folder / "ordered")
         small.save(folder / "adapter")
         swap_adapter(trainer, folder / "adapter")
+
+
+def _about(adapter: "Adapter", base: "Mapping[str, Any]") -> "Adapter":
+    return replace(adapter, config=adapter.config | base)
 
 
 def _measured(trainer: Any, cuts: "Mapping[int, Adapter]", rows: Any, setting: Setting) -> "Curve":
