@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rankwise.rows import TwoSets
 
 LEAST_ROWS = 64  # half of them order, half judge
+LEAST_BATCHES = 32  # for the spread of a loss that is known by batch alone
 
 
 @dataclass(frozen=True)
@@ -176,8 +177,13 @@ def _measured(trainer: Any, cuts: "Mapping[int, Adapter]", rows: Any, setting: S
     from rankwise.curvature import read, write
     from rankwise.orders import padded
 
+    from rankwise.trainer import replaced
+
     model = trainer.accelerator.unwrap_model(trainer.model)
-    whole = read(model)
+    whole, args = read(model), trainer.args
+    if trainer.compute_metrics is None:  # one batch would have an interval of no width
+        size = max(1, min(args.per_device_eval_batch_size, len(rows) // LEAST_BATCHES))
+        trainer.args = replaced(args, per_device_eval_batch_size=size)
 
     def set_size(size: int) -> None:
         factors = cuts[size].factors()
@@ -194,6 +200,7 @@ def _measured(trainer: Any, cuts: "Mapping[int, Adapter]", rows: Any, setting: S
             greater_is_better=setting.greater_is_better,
         )
     finally:
+        trainer.args = args
         write(model, whole)
 
 
