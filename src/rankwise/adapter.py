@@ -103,6 +103,7 @@ class Adapter:
         plan: of a nested adapter, the plan that it was trained at (`r` everywhere, the smallest
             trained rank in its provenance); None for an ordinary adapter.
         cuts: by module, what the truncation that made this adapter did.
+        how: how it was cut, in words for its card.
 
     Example:
         >>> Adapter.load("runs/nested/nested").truncate(4).save("adapter-4")
@@ -112,6 +113,7 @@ class Adapter:
     weights: dict[str, Tensor]
     plan: RankPlan | None = None
     cuts: dict[str, ModuleCut] = field(default_factory=dict)
+    how: str = ""
 
     @classmethod
     def load(cls, folder: str | Path) -> "Adapter":
@@ -282,7 +284,9 @@ class Adapter:
             raise PlanError(f"{NESTED} has the module {min(missing)!r}, which the weights lack")
         new = {module: _first(module, old, self.plan, wanted) for module, old in factors.items()}
         return self._with(
-            new, {name: ModuleCut(factors[name].rank, f.rank) for name, f in new.items()}
+            new,
+            {name: ModuleCut(factors[name].rank, f.rank) for name, f in new.items()},
+            "its first pieces, as they were trained",
         )
 
     def _wanted(self, plan: RankPlan, ranks: int | RankPlan) -> dict[str, int]:
@@ -415,7 +419,7 @@ class Adapter:
             else ModuleCut(old.rank, 0, 1.0)
             for name, old in before.items()
         }
-        return self._with(factors, cuts)
+        return self._with(factors, cuts, "those of its pieces that an order puts first")
 
     def _at(
         self, spectra: Mapping[str, tuple[Tensor, Tensor, Tensor]], ranks: Mapping[str, int]
@@ -436,9 +440,11 @@ class Adapter:
                 (u[:, :b] * root).view(len(u), b, *old.b.shape[2:]).to(old.b.dtype).contiguous(),
                 old.scaling,
             )
-        return self._with(new, cuts)
+        return self._with(new, cuts, "by the SVD of its updates")
 
-    def _with(self, factors: Mapping[str, Factors], cuts: dict[str, ModuleCut]) -> "Adapter":
+    def _with(
+        self, factors: Mapping[str, Factors], cuts: dict[str, ModuleCut], how: str
+    ) -> "Adapter":
         """This adapter with other factors, and a config that says their ranks and scalings.
 
         A module that `factors` lacks is left without an adapter.
@@ -463,7 +469,7 @@ class Adapter:
                     del weights[key]
                 else:
                     weights[key] = half.a if match[3] == "A" else half.b
-        return Adapter(config, weights, None, cuts)
+        return Adapter(config, weights, None, cuts, how)
 
     @property
     def parameters(self) -> int:
@@ -507,11 +513,9 @@ class Adapter:
         before, after = (
             {vars(c)[key] for c in self.cuts.values()} for key in ("rank_before", "rank")
         )
-        nested = all(cut.lost is None for cut in self.cuts.values())
-        how = "its first pieces, as they were trained" if nested else "by the SVD of its updates"
         return card_header(self.config.get("base_model_name_or_path")) + (
             f"# LoRA adapter of rank {_span(after)}\n\n"
-            f"Cut by rankwise out of an adapter of rank {_span(before)}: {how}. It is a stock PEFT "
+            f"Cut by rankwise out of an adapter of rank {_span(before)}: {self.how}. It is a stock PEFT "
             f"adapter of {self.parameters:,} LoRA parameters; `truncation.json` has each module's "
             "rank and what it lost.\n"
         )
