@@ -84,7 +84,8 @@ class ModuleCut:
 
     Attributes:
         rank_before, rank: ranks.
-        lost: ‖ΔW - ΔW'‖ / ‖ΔW‖ in the Frobenius norm, 0 to 1; None for a nested adapter, whose
+        lost: ‖ΔW - ΔW'‖ / ‖ΔW‖ in the Frobenius norm, 0 to 1 for an SVD, and more where fitted
+            gates have grown; None for a nested adapter, whose
             smaller ranks were trained, not approximated.
     """
 
@@ -416,7 +417,7 @@ class Adapter:
         cuts = {
             name: ModuleCut(old.rank, factors[name].rank, _lost_share(old, factors[name]))
             if name in factors
-            else ModuleCut(old.rank, 0, 1.0)
+            else ModuleCut(old.rank, 0, _lost_share(old, None))
             for name, old in before.items()
         }
         return self._with(factors, cuts, "those of its pieces that an order puts first")
@@ -608,8 +609,11 @@ def _ranks(
     )
 
 
-def _lost_share(old: Factors, new: Factors) -> float:
-    """‖ΔW - ΔW'‖ / ‖ΔW‖ in the Frobenius norm, from products of the small factors alone."""
+def _lost_share(old: Factors, new: Factors | None) -> float:
+    """‖ΔW - ΔW'‖ / ‖ΔW‖ in the Frobenius norm, from products of the small factors alone.
+
+    0 where ΔW is 0. None stands for a module that is left without an adapter.
+    """
 
     def product(one: Factors, other: Factors) -> float:
         b = one.b.flatten(1).double().T @ other.b.flatten(1).double()
@@ -617,6 +621,8 @@ def _lost_share(old: Factors, new: Factors) -> float:
         return one.scaling * other.scaling * float((a * b).sum())
 
     whole = product(old, old)
+    if new is None:
+        return 1.0 if whole > 0 else 0.0
     gap = whole - 2 * product(old, new) + product(new, new)
     return (max(gap, 0.0) / whole) ** 0.5 if whole > 0 else 0.0
 
