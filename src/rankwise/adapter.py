@@ -358,7 +358,7 @@ class Adapter:
             budget: parameters in all.
 
         Raises:
-            AdapterError: a budget above what there is, or too small for a single piece.
+            AdapterError: a budget above what there is, or too small for the first piece.
 
         Source: arXiv 2604.27796.
 
@@ -383,8 +383,10 @@ class Adapter:
             ranks[name] += 1
             left -= factors[name].cost
         if not any(ranks.values()):
-            least = min(f.cost for f in factors.values())
-            raise AdapterError(f"budget is {budget}; the cheapest piece takes {least} parameters")
+            first = factors[sigmas[0][1]].cost
+            raise AdapterError(
+                f"budget is {budget}; the first piece, of the largest s·σ, takes {first} parameters"
+            )
         return self._at(spectra, ranks)
 
     def as_plan(self, scaling: float) -> RankPlan:
