@@ -712,13 +712,16 @@ def order(model: Any, batches: Iterable[Batch], **how: Any) -> Ordered:
         **how: see `by_data`.
 
     Raises:
-        ModelError: not LoRA. AdapterError: DoRA and others that a change of rank would break.
+        ModelError, AdapterError: not LoRA, or DoRA and others that a change of rank would break.
         DataError: too few rows, or rows without labels. DivergedError: a loss that is not finite.
 
     Example:
         >>> ordered = rankwise.order(peft_model, held_out_loader)
         >>> ordered.cut(keep=1 / 16).save("small")
     """
+    from rankwise.curvature import read
+
+    read(model)  # refuses what has no pieces to order, before anything is written
     with TemporaryDirectory() as scratch:
         model.save_pretrained(scratch)
         adapter = Adapter.load(scratch)
