@@ -188,7 +188,15 @@ class Order:
                 if re.fullmatch(r"gates\.[0-9]+", key)
             }
             return cls(pieces, sequence, raw["provenance"], gates)
-        except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            IndexError,
+            AttributeError,
+            SafetensorError,
+        ) as error:
             raise AdapterError(
                 f"no order can be read from {folder}: {error!r}; give a folder that a run ordered"
             ) from error
