@@ -518,9 +518,9 @@ class Adapter:
         )
         return card_header(self.config.get("base_model_name_or_path")) + (
             f"# LoRA adapter of rank {_span(after)}\n\n"
-            f"Cut by rankwise out of an adapter of rank {_span(before)}: {self.how}. It is a stock PEFT "
-            f"adapter of {self.parameters:,} LoRA parameters; `truncation.json` has each module's "
-            "rank and what it lost.\n"
+            f"Cut by rankwise out of an adapter of rank {_span(before)}: {self.how}. It is a stock "
+            f"PEFT adapter of {self.parameters:,} LoRA parameters; `truncation.json` has each "
+            "module's rank and what it lost.\n"
         )
 
 

@@ -98,7 +98,8 @@ def collect(
 
     Raises:
         ModelError: not LoRA, or a layer whose pieces cannot be told apart.
-        DataError: no rows, or rows without labels, or without any that counts. DivergedError: a loss that is not finite.
+        DataError: no rows, or rows without labels, or without any that counts.
+        DivergedError: a loss that is not finite.
 
     Example:
         >>> collect(model, first_half) + collect(model, second_half)

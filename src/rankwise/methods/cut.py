@@ -167,7 +167,7 @@ class CutByData(LoraMethod):
         swap_adapter(trainer, folder / "adapter")
 
 
-def _about(adapter: "Adapter", base: "Mapping[str, Any]") -> "Adapter":
+def _about(adapter: "Adapter", base: dict[str, Any]) -> "Adapter":
     return replace(adapter, config=adapter.config | base)
 
 
@@ -176,7 +176,6 @@ def _measured(trainer: Any, cuts: "Mapping[int, Adapter]", rows: Any, setting: S
     from rankwise.choose import measure_sizes
     from rankwise.curvature import read, write
     from rankwise.orders import padded
-
     from rankwise.trainer import replaced
 
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -220,8 +219,9 @@ def _said(found: "Curve", plan: "RankPlan", ordered: "Ordered", asked: bool) -> 
         low, high = 0.0 - high, 0.0 - low
     if i == len(found.sizes) - 1 and not asked:
         return f"{size}: no smaller size could be shown to be as good on {found.rows:,} rows"
+    verdict = ", as asked for" if asked else " are as good as all"
     return (
-        f"{size}{', as asked for' if asked else ' are as good as all'}: {found.metric} {found.values[i]:.4f} against "
-        f"{found.values[-1]:.4f}, paired 95 % interval of the difference {low:+.4f} to {high:+.4f} "
-        f"on {found.rows:,} rows"
+        f"{size}{verdict}: {found.metric} {found.values[i]:.4f} against "
+        f"{found.values[-1]:.4f}, paired 95 % interval of the difference {low:+.4f} to "
+        f"{high:+.4f} on {found.rows:,} rows"
     )
