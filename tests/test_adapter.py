@@ -427,6 +427,81 @@ def test_truncation_leaves_the_adapter_itself_alone(tmp_path):
     assert adapter.config == json.loads((tmp_path / "whole" / CONFIG).read_text())
 
 
+# --- one threshold over all layers, and other factors ---------------------------------------------
+
+
+def test_a_threshold_keeps_the_largest_singular_values_of_all_layers(kind, tmp_path):
+    """Numpy's dense SVD says which; the model in stock PEFT has them and nothing else."""
+    before = saved(kind, tmp_path / "whole")
+    adapter = Adapter.load(tmp_path / "whole")
+    old, costs = dense(before), {name: f.cost for name, f in adapter.factors().items()}
+    ranks = {name: f.rank for name, f in adapter.factors().items()}
+    listed = sorted(
+        ((s, name) for name, m in old.items() for s in spectrum(m)[: ranks[name]]), reverse=True
+    )
+    for n, budget in enumerate((adapter.parameters, adapter.parameters // 3, max(costs.values()))):
+        expected, left = dict.fromkeys(old, 0), budget
+        for _, name in listed:
+            if costs[name] > left:
+                break
+            expected[name] += 1
+            left -= costs[name]
+        cut = adapter.truncate_threshold(budget)
+        found = {name: done.rank for name, done in cut.cuts.items()}
+        if n:  # at the full budget pieces of zero are in both, but in any order
+            assert found == expected
+        assert cut.parameters <= budget
+        cut.save(tmp_path / str(n))
+        new = dense(loaded(kind, tmp_path / str(n)))
+        assert set(new) == {name for name, b in found.items() if b}
+        for name, matrix in old.items():
+            u, s, v = np.linalg.svd(matrix, full_matrices=False)
+            b, norm = found[name], np.linalg.norm(matrix)
+            nearest = (u[:, :b] * s[:b]) @ v[:b]
+            np.testing.assert_allclose(new.get(name, 0 * matrix), nearest, atol=1e-5 * norm)
+            lost = np.linalg.norm(matrix - nearest) / norm
+            assert cut.cuts[name].lost == pytest.approx(lost, abs=2e-6)
+
+
+def test_a_threshold_out_of_range_names_what_there_is():
+    adapter = in_memory({"small": [1, 0.5], "big": [10, 8]}, {"small": 6, "big": 40})
+    with pytest.raises(AdapterError, match=r"budget is 500; the adapter has 184 parameters"):
+        adapter.truncate_threshold(500)
+    for budget in (79, 12, 0, -5):  # 12 would hold a piece of the small module, not the first
+        with pytest.raises(AdapterError, match=rf"budget is {budget}; the first piece.* takes 80"):
+            adapter.truncate_threshold(budget)
+    assert adapter.truncate_threshold(80).cuts["small"].rank == 0
+
+
+def test_factors_of_other_modules_and_none_at_all_are_refused():
+    adapter = in_memory({"x": [3.0, 2.0], "y": [1.0, 0.5]}, {"x": 5, "y": 4})
+    own = adapter.factors()
+    for factors, match in (
+        ({**own, "z": own["x"]}, "the adapter has no module 'z'; give factors of its own"),
+        ({"xx": own["x"]}, "no module 'xx'"),
+        ({}, "no module would be left; keep at least one piece"),
+    ):
+        with pytest.raises(AdapterError, match=match) as error:
+            adapter.with_factors(factors)
+        assert "\n" not in str(error.value)
+
+
+def test_what_other_factors_lose_is_the_dense_share():
+    """Any factors, also such that grow the update; 0 of an update that is zero."""
+    adapter = in_memory({"x": [3.0, 2.0, 1.0], "y": [1.0], "z": [0.0]}, {"x": 5, "y": 4, "z": 4})
+    generator = torch.Generator().manual_seed(0)
+    for size in (0.1, 1.0, 10.0):
+        a, b = (size * torch.randn(5, 2, generator=generator).double() for _ in "ab")
+        cut = adapter.with_factors({"x": replace(adapter.factors()["x"], a=a.T, b=b)})
+        old = adapter.factors()["x"]
+        update = old.scaling * (old.b @ old.a)
+        share = float((update - old.scaling * (b @ a.T)).norm() / update.norm())
+        assert cut.cuts["x"].lost == pytest.approx(share, rel=1e-9)
+        assert (cut.cuts["y"].lost, cut.cuts["z"].lost) == (1, 0)
+        assert (cut.cuts["y"].rank, cut.cuts["x"].rank) == (0, 2)
+        assert cut.factors()["x"].scaling == pytest.approx(old.scaling, rel=1e-12)
+
+
 # --- without rankwise -----------------------------------------------------------------------------
 
 

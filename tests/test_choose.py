@@ -1,7 +1,10 @@
-"""Ranks by layer within a budget, against every plan there is, on losses whose gains are known."""
+"""Ranks by layer within a budget, against every plan there is, on losses whose gains are known;
+the smallest size that is as good, by hand and on simulated rows."""
 
 import itertools
 from collections.abc import Mapping
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +13,14 @@ from peft import PeftModel
 from transformers import TrainingArguments, default_data_collator
 
 from families import family, rows
-from rankwise import Adapter, DivergedError, DyLoRA, PlanError, RankPlan
-from rankwise.choose import ranks_by_layer, uniform_within
+from rankwise import Adapter, DivergedError, DyLoRA, PlanError, RankPlan, RankwiseError
+from rankwise.choose import (
+    Curve,
+    measure_sizes,
+    ranks_by_layer,
+    smallest_as_good,
+    uniform_within,
+)
 from rankwise.lora import build, uniform
 from rankwise.nested import NestedTrainer, size_loss
 from rankwise.plan import Entry
@@ -298,3 +307,105 @@ def test_ranks_that_were_not_trained_are_never_measured_or_chosen():
     assert set().union(*(ranks.values() for ranks in loss.calls)) <= {1, 4}
     assert set(found.uniform.ranks.values()) == {1}  # 3 was not trained, and 4 does not fit
     assert sorted(found.plan.ranks.values()) == [1, 4, 4]
+
+
+# The smallest that is as good.
+
+
+def curve_of(values, gaps, errors=None, metric="accuracy", greater=True) -> Curve:
+    """Sizes 1, 2, 3, ... with these values, and standard errors of the difference to the last."""
+    count = len(values)
+    return Curve(
+        metric,
+        greater,
+        "parameters",
+        tuple(range(1, count + 1)),
+        tuple({metric: value} for value in values),
+        tuple(errors or [0.0] * count),
+        tuple(gaps),
+        500,
+    )
+
+
+def test_the_walk_ends_at_the_first_failure_though_a_smaller_size_would_pass():
+    found = curve_of([0.90, 0.80, 0.90, 0.90], [0.001, 0.001, 0.001, 0])
+    assert smallest_as_good(found, 0.01) == 3
+    assert smallest_as_good(curve_of([0.90, 0.80], [0.001, 0]), 0.01) == 1
+    assert smallest_as_good(curve_of([0.90, 0.9, 0.80, 0.9], [0, 0, 0.001, 0]), 0.01) == 4
+
+
+def test_an_interval_and_not_a_mean_decides():
+    """The mean is within the margin both times; the lower end is once."""
+    for error, expected in ((0.0045, 1), (0.0047, 2)):  # 0.001 + 1.96 x 0.0046 is the margin
+        assert smallest_as_good(curve_of([0.899, 0.9], [error, 0]), 0.01) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "errors", "metric", "greater", "expected"),
+    [
+        ([0.891, 0.9], [0, 0], "accuracy", True, 1),  # a point
+        ([0.889, 0.9], [0, 0], "accuracy", True, 2),
+        ([0.881, 0.9], [0.5, 0.02], "accuracy", True, 1),  # the standard error of all pieces
+        ([0.879, 0.9], [0.5, 0.02], "accuracy", True, 2),
+        ([2.019, 2.0], [0, 0], "loss", False, 1),  # 1 % of it
+        ([2.021, 2.0], [0, 0], "loss", False, 2),
+        ([8.079, 8.0], [0, 0], "perplexity", False, 1),
+        ([8.081, 8.0], [0, 0], "perplexity", False, 2),
+        ([1.0, 2.0], [0, 0], "loss", False, 1),  # better, not worse
+        ([0.4, 0.3], [0, 0], "accuracy", True, 1),
+    ],
+)
+def test_the_default_margin(values, errors, metric, greater, expected):
+    found = curve_of(values, [0, 0], errors, metric, greater)
+    assert smallest_as_good(found) == expected
+
+
+def test_better_is_positive_in_both_directions():
+    up = curve_of([0.88, 0.9], [0.005, 0])
+    down = curve_of([0.32, 0.3], [0.005, 0], metric="loss", greater=False)
+    for found in (up, down):
+        assert found.difference(1) == pytest.approx((-0.02, -0.02 - 0.0098, -0.02 + 0.0098))
+        assert found.difference(2) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("margin", [-0.01, float("nan")])
+def test_a_negative_margin_is_refused(margin):
+    with pytest.raises(RankwiseError, match=r"margin is .*; it has to be >= 0"):
+        smallest_as_good(curve_of([0.9, 0.9], [0, 0]), margin)
+
+
+class Recorded:
+    """What `measure_sizes` needs of a trainer, over scores by row that are there already."""
+
+    def __init__(self, scores: np.ndarray):
+        self.scores, self.size = scores, 0
+        self.args = SimpleNamespace(metric_for_best_model="score", greater_is_better=True)
+
+    def compute_metrics(self, output):
+        return {"score": float(output.predictions.mean())}
+
+    def measure(self, dataset, loss_only):
+        rows = self.scores[self.size]
+        return SimpleNamespace(
+            predictions=rows, label_ids=rows, metrics={"eval_score": float(rows.mean())}
+        )
+
+
+def test_a_size_that_is_worse_by_the_margin_is_called_as_good_one_time_in_forty():
+    """Two correlated scores a row, the smaller size worse by exactly the margin on average.
+
+    One end of a 95 % interval errs with probability 0.025, 10 of 400; less than 2 or more than 22
+    come once in 1,000 each. Intervals that ignored the pairing would give next to none.
+    """
+    rng, margin, count = np.random.default_rng(0), 0.2, 120
+    called = 0
+    for _ in range(400):
+        shared = rng.normal(size=count)
+        own = 0.3 * rng.normal(size=(2, count))
+        trainer = Recorded(np.stack([shared + own[0] - margin, shared + own[1]]))
+        found = measure_sizes(
+            trainer, shared, partial(setattr, trainer, "size"), [0, 1], unit="parameters"
+        )
+        assert found.standard_errors[0] > 1.5 * found.difference_errors[0]  # pairing is what helps
+        called += smallest_as_good(found, margin) == 0
+    assert 1 < called <= 22

@@ -84,7 +84,8 @@ class ModuleCut:
 
     Attributes:
         rank_before, rank: ranks.
-        lost: ‖ΔW - ΔW'‖ / ‖ΔW‖ in the Frobenius norm, 0 to 1; None for a nested adapter, whose
+        lost: ‖ΔW - ΔW'‖ / ‖ΔW‖ in the Frobenius norm, 0 to 1 for an SVD, and more where fitted
+            gates have grown; None for a nested adapter, whose
             smaller ranks were trained, not approximated.
     """
 
@@ -103,6 +104,7 @@ class Adapter:
         plan: of a nested adapter, the plan that it was trained at (`r` everywhere, the smallest
             trained rank in its provenance); None for an ordinary adapter.
         cuts: by module, what the truncation that made this adapter did.
+        how: how it was cut, in words for its card.
 
     Example:
         >>> Adapter.load("runs/nested/nested").truncate(4).save("adapter-4")
@@ -112,6 +114,7 @@ class Adapter:
     weights: dict[str, Tensor]
     plan: RankPlan | None = None
     cuts: dict[str, ModuleCut] = field(default_factory=dict)
+    how: str = ""
 
     @classmethod
     def load(cls, folder: str | Path) -> "Adapter":
@@ -282,7 +285,9 @@ class Adapter:
             raise PlanError(f"{NESTED} has the module {min(missing)!r}, which the weights lack")
         new = {module: _first(module, old, self.plan, wanted) for module, old in factors.items()}
         return self._with(
-            new, {name: ModuleCut(factors[name].rank, f.rank) for name, f in new.items()}
+            new,
+            {name: ModuleCut(factors[name].rank, f.rank) for name, f in new.items()},
+            "its first pieces, as they were trained",
         )
 
     def _wanted(self, plan: RankPlan, ranks: int | RankPlan) -> dict[str, int]:
@@ -353,7 +358,7 @@ class Adapter:
             budget: parameters in all.
 
         Raises:
-            AdapterError: a budget above what there is, or too small for a single piece.
+            AdapterError: a budget above what there is, or too small for the first piece.
 
         Source: arXiv 2604.27796.
 
@@ -378,8 +383,10 @@ class Adapter:
             ranks[name] += 1
             left -= factors[name].cost
         if not any(ranks.values()):
-            least = min(f.cost for f in factors.values())
-            raise AdapterError(f"budget is {budget}; the cheapest piece takes {least} parameters")
+            first = factors[sigmas[0][1]].cost
+            raise AdapterError(
+                f"budget is {budget}; the first piece, of the largest s·σ, takes {first} parameters"
+            )
         return self._at(spectra, ranks)
 
     def as_plan(self, scaling: float) -> RankPlan:
@@ -412,10 +419,10 @@ class Adapter:
         cuts = {
             name: ModuleCut(old.rank, factors[name].rank, _lost_share(old, factors[name]))
             if name in factors
-            else ModuleCut(old.rank, 0, 1.0)
+            else ModuleCut(old.rank, 0, _lost_share(old, None))
             for name, old in before.items()
         }
-        return self._with(factors, cuts)
+        return self._with(factors, cuts, "those of its pieces that an order puts first")
 
     def _at(
         self, spectra: Mapping[str, tuple[Tensor, Tensor, Tensor]], ranks: Mapping[str, int]
@@ -436,9 +443,11 @@ class Adapter:
                 (u[:, :b] * root).view(len(u), b, *old.b.shape[2:]).to(old.b.dtype).contiguous(),
                 old.scaling,
             )
-        return self._with(new, cuts)
+        return self._with(new, cuts, "by the SVD of its updates")
 
-    def _with(self, factors: Mapping[str, Factors], cuts: dict[str, ModuleCut]) -> "Adapter":
+    def _with(
+        self, factors: Mapping[str, Factors], cuts: dict[str, ModuleCut], how: str
+    ) -> "Adapter":
         """This adapter with other factors, and a config that says their ranks and scalings.
 
         A module that `factors` lacks is left without an adapter.
@@ -463,7 +472,7 @@ class Adapter:
                     del weights[key]
                 else:
                     weights[key] = half.a if match[3] == "A" else half.b
-        return Adapter(config, weights, None, cuts)
+        return Adapter(config, weights, None, cuts, how)
 
     @property
     def parameters(self) -> int:
@@ -507,13 +516,11 @@ class Adapter:
         before, after = (
             {vars(c)[key] for c in self.cuts.values()} for key in ("rank_before", "rank")
         )
-        nested = all(cut.lost is None for cut in self.cuts.values())
-        how = "its first pieces, as they were trained" if nested else "by the SVD of its updates"
         return card_header(self.config.get("base_model_name_or_path")) + (
             f"# LoRA adapter of rank {_span(after)}\n\n"
-            f"Cut by rankwise out of an adapter of rank {_span(before)}: {how}. It is a stock PEFT "
-            f"adapter of {self.parameters:,} LoRA parameters; `truncation.json` has each module's "
-            "rank and what it lost.\n"
+            f"Cut by rankwise out of an adapter of rank {_span(before)}: {self.how}. It is a stock "
+            f"PEFT adapter of {self.parameters:,} LoRA parameters; `truncation.json` has each "
+            "module's rank and what it lost.\n"
         )
 
 
@@ -608,8 +615,11 @@ def _ranks(
     )
 
 
-def _lost_share(old: Factors, new: Factors) -> float:
-    """‖ΔW - ΔW'‖ / ‖ΔW‖ in the Frobenius norm, from products of the small factors alone."""
+def _lost_share(old: Factors, new: Factors | None) -> float:
+    """‖ΔW - ΔW'‖ / ‖ΔW‖ in the Frobenius norm, from products of the small factors alone.
+
+    0 where ΔW is 0. None stands for a module that is left without an adapter.
+    """
 
     def product(one: Factors, other: Factors) -> float:
         b = one.b.flatten(1).double().T @ other.b.flatten(1).double()
@@ -617,6 +627,8 @@ def _lost_share(old: Factors, new: Factors) -> float:
         return one.scaling * other.scaling * float((a * b).sum())
 
     whole = product(old, old)
+    if new is None:
+        return 1.0 if whole > 0 else 0.0
     gap = whole - 2 * product(old, new) + product(new, new)
     return (max(gap, 0.0) / whole) ** 0.5 if whole > 0 else 0.0
 

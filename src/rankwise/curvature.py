@@ -98,7 +98,8 @@ def collect(
 
     Raises:
         ModelError: not LoRA, or a layer whose pieces cannot be told apart.
-        DataError: no rows, or rows without labels. DivergedError: a loss that is not finite.
+        DataError: no rows, or rows without labels, or without any that counts.
+        DivergedError: a loss that is not finite.
 
     Example:
         >>> collect(model, first_half) + collect(model, second_half)
@@ -133,6 +134,11 @@ def collect(
         model.train(training)
     if total is None:
         raise DataError("there are no rows; give held-out rows with labels")
+    if total.count == 0:
+        raise DataError(
+            f"none of {total.rows} rows has a token with a label, all are {IGNORED}; give rows "
+            "whose labels are not cut off"
+        )
     return total
 
 

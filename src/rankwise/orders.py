@@ -7,6 +7,8 @@ the smaller lies in the larger. An order by data knows moreover what gate each p
 once others are gone, so that those that stay take over what they can.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import random
@@ -16,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,9 +26,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rankwise.adapter import ORDER, Adapter, Factors, svd
-from rankwise.curvature import Batch, Kind, Statistics, collect, read, write
 from rankwise.errors import AdapterError, DataError
 from rankwise.files import temporary_name, write_json
+
+# `curvature` needs PEFT and transformers, which a cut out of a folder does not wait for: it is
+# imported where a model is looked at.
+if TYPE_CHECKING:
+    from rankwise.curvature import Batch, Kind, Statistics
 
 FORMAT = "rankwise-order/1"
 PIECES, SEQUENCE = "pieces.safetensors", ORDER
@@ -158,7 +164,7 @@ class Order:
         )
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Order":
+    def load(cls, folder: str | Path) -> Order:
         """Reads what `save` wrote; no model, data or GPU.
 
         Raises:
@@ -182,7 +188,15 @@ class Order:
                 if re.fullmatch(r"gates\.[0-9]+", key)
             }
             return cls(pieces, sequence, raw["provenance"], gates)
-        except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            IndexError,
+            AttributeError,
+            SafetensorError,
+        ) as error:
             raise AdapterError(
                 f"no order can be read from {folder}: {error!r}; give a folder that a run ordered"
             ) from error
@@ -297,6 +311,8 @@ def by_activation(model: Any, batches: Iterable[Batch], **how: Any) -> Order:
 
     Arguments and errors of `by_data`.
     """
+    from rankwise.curvature import collect, read
+
     statistics = collect(model, _enough(batches), **how)
     old = read(model)
     pieces, keys = {}, {}
@@ -356,6 +372,8 @@ def by_data(
         >>> order = by_data(peft_model, loader)
         >>> order.save("run/ordered")
     """
+    from rankwise.curvature import collect, read
+
     if not ridge > 0:
         raise AdapterError(f"ridge is {ridge}; it has to be above 0")
     batches, first = _enough(batches), read(model)
@@ -410,6 +428,8 @@ def _look(
     **how: Any,
 ) -> Statistics:
     """Statistics of the model with these factors, against the whole adapter, which stays in it."""
+    from rankwise.curvature import collect, write
+
     try:
         write(model, {name: padded(now[name], f) for name, f in whole.items()})
         return collect(model, batches, reference=whole, **how)
@@ -437,6 +457,8 @@ def cut_in_rounds(
     Raises:
         AdapterError: a budget that is no cut. Else as `by_data`.
     """
+    from rankwise.curvature import read
+
     total = sum(f.rank * f.cost for f in read(model).values())
     if not 0 < budget <= total or rounds < 1:
         raise AdapterError(
@@ -471,6 +493,8 @@ def refit(
     Raises:
         As `by_data`; AdapterError for a budget that holds no piece, or an order of another model.
     """
+    from rankwise.curvature import read
+
     batches, first = _enough(batches), read(model)
     if {n: f.scaling for n, f in first.items()} != {n: f.scaling for n, f in order.pieces.items()}:
         raise AdapterError("the order has other modules or scalings than the model; order it anew")
@@ -675,7 +699,7 @@ class Ordered:
         self.order.save(folder)
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Ordered":
+    def load(cls, folder: str | Path) -> Ordered:
         """Reads what `save` wrote; no model, data or GPU.
 
         Raises:
@@ -696,13 +720,16 @@ def order(model: Any, batches: Iterable[Batch], **how: Any) -> Ordered:
         **how: see `by_data`.
 
     Raises:
-        ModelError: not LoRA. AdapterError: DoRA and others that a change of rank would break.
+        ModelError, AdapterError: not LoRA, or DoRA and others that a change of rank would break.
         DataError: too few rows, or rows without labels. DivergedError: a loss that is not finite.
 
     Example:
         >>> ordered = rankwise.order(peft_model, held_out_loader)
         >>> ordered.cut(keep=1 / 16).save("small")
     """
+    from rankwise.curvature import read
+
+    read(model)  # refuses what has no pieces to order, before anything is written
     with TemporaryDirectory() as scratch:
         model.save_pretrained(scratch)
         adapter = Adapter.load(scratch)

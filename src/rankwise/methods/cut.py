@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rankwise.rows import TwoSets
 
 LEAST_ROWS = 64  # half of them order, half judge
+LEAST_BATCHES = 32  # for the spread of a loss that is known by batch alone
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class CutByData(LoraMethod):
         figures = {
             "order_rows": len(rows.train),
             "picked_by": "as good" if self.budget is None else "budget",
-            "choice": _said(found, kept, ordered),
+            "choice": _said(found, kept, ordered, asked=self.budget is not None),
         }
         return Kept(kept, found, figures, found=(ordered, small))
 
@@ -144,18 +145,30 @@ class CutByData(LoraMethod):
         whole, size = ordered.adapter, small.parameters
         factors = whole.factors()
         orders = {"one threshold on σ": by_sigma(factors), "random order": at_random(factors)}
-        return {
-            "all pieces": whole,
-            **{name: Ordered(whole, by).cut(size) for name, by in orders.items()},
-        }
+        found = {"all pieces": whole}
+        for name, by in orders.items():
+            if by.pieces[by.sequence[0][0]].cost <= size:  # else it has no cut so small
+                found[name] = Ordered(whole, by).cut(size)
+        return found
 
     def hand_over(self, trainer: "Trainer", kept: Kept, folder: Path) -> None:
         from rankwise.lora import swap_adapter
 
         ordered, small = kept.found
+        # The order was made before the run wrote into the config where the base model is from.
+        live = trainer.accelerator.unwrap_model(trainer.model).peft_config["default"]
+        about = {key: getattr(live, key) for key in ("base_model_name_or_path", "revision")}
+        ordered, small = (
+            replace(ordered, adapter=_about(ordered.adapter, about)),
+            _about(small, about),
+        )
         ordered.save(folder / "ordered")
         small.save(folder / "adapter")
         swap_adapter(trainer, folder / "adapter")
+
+
+def _about(adapter: "Adapter", base: dict[str, Any]) -> "Adapter":
+    return replace(adapter, config=adapter.config | base)
 
 
 def _measured(trainer: Any, cuts: "Mapping[int, Adapter]", rows: Any, setting: Setting) -> "Curve":
@@ -163,9 +176,13 @@ def _measured(trainer: Any, cuts: "Mapping[int, Adapter]", rows: Any, setting: S
     from rankwise.choose import measure_sizes
     from rankwise.curvature import read, write
     from rankwise.orders import padded
+    from rankwise.trainer import replaced
 
     model = trainer.accelerator.unwrap_model(trainer.model)
-    whole = read(model)
+    whole, args = read(model), trainer.args
+    if trainer.compute_metrics is None:  # one batch would have an interval of no width
+        size = max(1, min(args.per_device_eval_batch_size, len(rows) // LEAST_BATCHES))
+        trainer.args = replaced(args, per_device_eval_batch_size=size)
 
     def set_size(size: int) -> None:
         factors = cuts[size].factors()
@@ -182,11 +199,12 @@ def _measured(trainer: Any, cuts: "Mapping[int, Adapter]", rows: Any, setting: S
             greater_is_better=setting.greater_is_better,
         )
     finally:
+        trainer.args = args
         write(model, whole)
 
 
-def _said(found: "Curve", plan: "RankPlan", ordered: "Ordered") -> str:
-    """The verdict in words."""
+def _said(found: "Curve", plan: "RankPlan", ordered: "Ordered", asked: bool) -> str:
+    """The verdict in words; of a size that was asked for, the figures without a verdict."""
     ranks, modules = plan.ranks.values(), len(ordered.order.pieces)
     low_rank = 0 if len(ranks) < modules else min(ranks)
     size = (
@@ -197,10 +215,13 @@ def _said(found: "Curve", plan: "RankPlan", ordered: "Ordered") -> str:
         return f"{size}, as asked for; its size is not on the curve"
     i = found.sizes.index(plan.parameters)
     _, low, high = found.difference(plan.parameters)
-    if i == len(found.sizes) - 1:
+    if not found.greater_is_better:  # the difference of the two values as they stand there
+        low, high = 0.0 - high, 0.0 - low
+    if i == len(found.sizes) - 1 and not asked:
         return f"{size}: no smaller size could be shown to be as good on {found.rows:,} rows"
+    verdict = ", as asked for" if asked else " are as good as all"
     return (
-        f"{size} are as good as all: {found.metric} {found.values[i]:.4f} against "
-        f"{found.values[-1]:.4f}, paired 95 % interval of the difference {low:+.4f} to {high:+.4f} "
-        f"on {found.rows:,} rows"
+        f"{size}{verdict}: {found.metric} {found.values[i]:.4f} against "
+        f"{found.values[-1]:.4f}, paired 95 % interval of the difference {low:+.4f} to "
+        f"{high:+.4f} on {found.rows:,} rows"
     )
