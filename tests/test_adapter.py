@@ -25,6 +25,7 @@ from rankwise import Adapter, AdapterError, PlanError, RankPlan
 from rankwise import adapter as module
 from rankwise.gate import attach_nested, bake, keep_first
 from rankwise.lora import build, uniform
+from rankwise.orders import Ordered, by_sigma
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -430,6 +431,11 @@ def test_truncation_leaves_the_adapter_itself_alone(tmp_path):
 # --- one threshold over all layers, and other factors ---------------------------------------------
 
 
+def by_threshold(adapter: Adapter, budget: int) -> Adapter:
+    """One threshold on the singular values of all layers."""
+    return Ordered(adapter, by_sigma(adapter.factors())).cut(budget)
+
+
 def test_a_threshold_keeps_the_largest_singular_values_of_all_layers(kind, tmp_path):
     """Numpy's dense SVD says which; the model in stock PEFT has them and nothing else."""
     before = saved(kind, tmp_path / "whole")
@@ -446,7 +452,7 @@ def test_a_threshold_keeps_the_largest_singular_values_of_all_layers(kind, tmp_p
                 break
             expected[name] += 1
             left -= costs[name]
-        cut = adapter.truncate_threshold(budget)
+        cut = by_threshold(adapter, budget)
         found = {name: done.rank for name, done in cut.cuts.items()}
         if n:  # at the full budget pieces of zero are in both, but in any order
             assert found == expected
@@ -466,11 +472,13 @@ def test_a_threshold_keeps_the_largest_singular_values_of_all_layers(kind, tmp_p
 def test_a_threshold_out_of_range_names_what_there_is():
     adapter = in_memory({"small": [1, 0.5], "big": [10, 8]}, {"small": 6, "big": 40})
     with pytest.raises(AdapterError, match=r"budget is 500; the adapter has 184 parameters"):
-        adapter.truncate_threshold(500)
+        by_threshold(adapter, 500)
     for budget in (79, 12, 0, -5):  # 12 would hold a piece of the small module, not the first
-        with pytest.raises(AdapterError, match=rf"budget is {budget}; the first piece.* takes 80"):
-            adapter.truncate_threshold(budget)
-    assert adapter.truncate_threshold(80).cuts["small"].rank == 0
+        with pytest.raises(
+            AdapterError, match=rf"{budget} parameters hold no piece; the first .* takes 80"
+        ):
+            by_threshold(adapter, budget)
+    assert by_threshold(adapter, 80).cuts["small"].rank == 0
 
 
 def test_factors_of_other_modules_and_none_at_all_are_refused():

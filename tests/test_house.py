@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rankwise import methods
 from rankwise.methods import METHODS
 
 SRC = Path(__file__).parents[1] / "src" / "rankwise"
@@ -88,6 +89,19 @@ def code_lines(path: Path) -> list[str]:
         ):
             node.body[0] = ast.Pass()
     return ast.unparse(tree).splitlines()
+
+
+def test_every_method_is_a_name_of_the_package():
+    classes = {type(method).__name__ for method in METHODS.values()}
+    assert classes <= set(methods.__all__)
+    assert len(classes) == len({type(method) for method in METHODS.values()})
+
+
+def test_a_flag_named_as_a_slot_is_refused():
+    with pytest.raises(TypeError, match="'start' is a slot"):
+
+        class Wrong(methods.Method):
+            start: float = 0.9
 
 
 def test_no_method_is_asked_for_by_its_class():

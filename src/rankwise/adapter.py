@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -159,6 +160,17 @@ class Adapter:
         adapter.factors()
         adapter.trained_ranks  # noqa: B018  # read here, so that what is wrong shows here
         return adapter
+
+    @classmethod
+    def of(cls, model: Any) -> "Adapter":
+        """The adapter of a PEFT model in memory, as `save_pretrained` would write it.
+
+        Raises:
+            AdapterError: as `load`.
+        """
+        with TemporaryDirectory() as scratch:
+            model.save_pretrained(scratch)
+            return cls.load(scratch)
 
     def _refuse_what_ranks_would_break(self) -> None:
         for key, why in _REFUSED.items():
@@ -346,47 +358,6 @@ class Adapter:
             raise AdapterError(f"energy is {energy}; it has to be above 0 and at most 1")
         spectra = {name: svd(f) for name, f in factors.items()}
         ranks = _ranks(factors, {n: s for n, (_, s, _) in spectra.items()}, r, energy, budget)
-        return self._at(spectra, ranks)
-
-    def truncate_threshold(self, budget: int) -> "Adapter":
-        """The adapter cut by one threshold on the singular values of all updates (PARA).
-
-        The largest s·σ of the whole model stay, whatever they cost, while they fit the budget; a
-        module may be left without an adapter.
-
-        Args:
-            budget: parameters in all.
-
-        Raises:
-            AdapterError: a budget above what there is, or too small for the first piece.
-
-        Source: arXiv 2604.27796.
-
-        Example:
-            >>> Adapter.load("somebody/lora").truncate_threshold(40_000).parameters
-            39936
-        """
-        factors = self.factors()
-        if budget > self.parameters:
-            raise AdapterError(
-                f"budget is {budget}; the adapter has {self.parameters} parameters, give no more"
-            )
-        spectra = {name: svd(f) for name, f in factors.items()}
-        sigmas = sorted(
-            ((float(f.scaling * s), name) for name, f in factors.items() for s in spectra[name][1]),
-            reverse=True,
-        )
-        ranks, left = dict.fromkeys(factors, 0), budget
-        for _, name in sigmas:
-            if factors[name].cost > left:
-                break
-            ranks[name] += 1
-            left -= factors[name].cost
-        if not any(ranks.values()):
-            first = factors[sigmas[0][1]].cost
-            raise AdapterError(
-                f"budget is {budget}; the first piece, of the largest s·σ, takes {first} parameters"
-            )
         return self._at(spectra, ranks)
 
     def as_plan(self, scaling: float) -> RankPlan:

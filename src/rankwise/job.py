@@ -420,6 +420,9 @@ def _train_stage(
         set_seed(args.seed)
         trainer = method.trainer(method.attach(base, given, setting), given, setting)
         run_training(trainer, _checkpoint(method, scratch, resume))
+    for config in getattr(trainer.model, "peft_config", {}).values():
+        config.base_model_name_or_path = job.source.name_or_path
+        config.revision = job.source.revision
     started = time.perf_counter()
     kept = method.keep(trainer, given, setting)
     if plan is None and kept.plan is not None:
@@ -476,9 +479,6 @@ def _rivals(
 
 def _hand_over(method: Method, job: Job, trainer: Trainer, kept: Kept, folder: Path) -> None:
     """The method's hand-over, into folders that hold nothing of a run that was killed in it."""
-    for config in getattr(trainer.model, "peft_config", {}).values():
-        config.base_model_name_or_path = job.source.name_or_path
-        config.revision = job.source.revision
     for name in (method.product, *OTHER_SIZES):
         shutil.rmtree(folder / name, ignore_errors=True)
     method.hand_over(trainer, kept, folder)

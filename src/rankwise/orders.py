@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,6 +98,10 @@ class Order:
             return tuple(_first_of_each(self.sequence, rank))
         if keep is not None and not 0 < keep <= 1:
             raise AdapterError(f"keep is {keep}; it is a share, above 0 and at most 1")
+        if budget is not None and budget > self.parameters:
+            raise AdapterError(
+                f"budget is {budget}; the adapter has {self.parameters} parameters, give no more"
+            )
         limit = budget if budget is not None else math.floor(self.parameters * (keep or 0) + 1e-6)
         kept, spent = [], 0
         for name, j in self.sequence:
@@ -730,7 +733,4 @@ def order(model: Any, batches: Iterable[Batch], **how: Any) -> Ordered:
     from rankwise.curvature import read
 
     read(model)  # refuses what has no pieces to order, before anything is written
-    with TemporaryDirectory() as scratch:
-        model.save_pretrained(scratch)
-        adapter = Adapter.load(scratch)
-    return Ordered(adapter, by_data(model, batches, **how))
+    return Ordered(Adapter.of(model), by_data(model, batches, **how))

@@ -17,6 +17,7 @@ from rankwise.methods.full import FullFineTuning
 from rankwise.methods.houlsby import Houlsby
 from rankwise.methods.ia3 import IA3
 from rankwise.methods.lora import LoRA, LoraGrid, RandomPlan
+from rankwise.methods.ordered import OrderMethod, RandomCut, SigmaCut
 from rankwise.methods.prompts import LlamaAdapter, PrefixTuning, PromptTuning, PTuning
 from rankwise.methods.svd import SvdCut
 
@@ -27,7 +28,8 @@ METHODS: dict[str, Method] = {
     "random": RandomPlan(),
     "svd": SvdCut(),
     "svd-energy": SvdCut(energy=0.9),
-    "svd-threshold": SvdCut(threshold=True),
+    "svd-threshold": SigmaCut(),
+    "random-order": RandomCut(),
     "autolora": AutoLoRA(),
     "autolora-unconstrained": AutoLoRA(gate="unconstrained"),
     "autolora-sigmoid": AutoLoRA(gate="sigmoid"),
@@ -105,11 +107,14 @@ __all__ = [
     "LoraGrid",
     "LoraMethod",
     "Method",
+    "OrderMethod",
     "PTuning",
     "PrefixTuning",
     "PromptTuning",
+    "RandomCut",
     "RandomPlan",
     "Setting",
+    "SigmaCut",
     "SvdCut",
     "by_name",
     "from_description",

@@ -81,6 +81,9 @@ class Kept:
     found: Any = None
 
 
+_SLOTS: set[str] = set()  # no flag may have the name of a slot
+
+
 @dataclass(frozen=True)
 class Method:
     """The slots, each with what most methods do; a method overrides what is its own.
@@ -97,6 +100,12 @@ class Method:
         product: name of the folder that `hand_over` writes.
         stock: who reads that without rankwise: "peft", "transformers", or "" for nobody.
     """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        taken = [name for name in vars(cls).get("__annotations__", {}) if name in _SLOTS]
+        if taken:
+            raise TypeError(f"{cls.__name__}: {taken[0]!r} is a slot; name the flag otherwise")
 
     title: ClassVar[str] = ""
     source: ClassVar[str] = ""
@@ -215,6 +224,9 @@ class Method:
         from peft import PeftModel
 
         return PeftModel.from_pretrained(model, str(folder))
+
+
+_SLOTS |= {name for name, value in vars(Method).items() if callable(value) and name[0] != "_"}
 
 
 @dataclass(frozen=True)

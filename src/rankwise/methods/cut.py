@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from rankwise.errors import DataError, RankwiseError
 from rankwise.methods.base import Kept, LoraMethod, Setting, flag
+from rankwise.methods.ordered import hand_over_ordered
 
 if TYPE_CHECKING:
     from torch import nn
@@ -152,23 +153,7 @@ class CutByData(LoraMethod):
         return found
 
     def hand_over(self, trainer: "Trainer", kept: Kept, folder: Path) -> None:
-        from rankwise.lora import swap_adapter
-
-        ordered, small = kept.found
-        # The order was made before the run wrote into the config where the base model is from.
-        live = trainer.accelerator.unwrap_model(trainer.model).peft_config["default"]
-        about = {key: getattr(live, key) for key in ("base_model_name_or_path", "revision")}
-        ordered, small = (
-            replace(ordered, adapter=_about(ordered.adapter, about)),
-            _about(small, about),
-        )
-        ordered.save(folder / "ordered")
-        small.save(folder / "adapter")
-        swap_adapter(trainer, folder / "adapter")
-
-
-def _about(adapter: "Adapter", base: dict[str, Any]) -> "Adapter":
-    return replace(adapter, config=adapter.config | base)
+        hand_over_ordered(trainer, kept, folder)
 
 
 def _measured(trainer: Any, cuts: "Mapping[int, Adapter]", rows: Any, setting: Setting) -> "Curve":

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from rankwise.errors import RankwiseError
 from rankwise.methods.base import Kept, LoraMethod, Setting, flag
@@ -25,25 +25,21 @@ class SvdCut(LoraMethod):
     """
 
     title: ClassVar[str] = "LoRA, cut by SVD"
-    source: ClassVar[str] = "Eckart and Young 1936; PEFT's convert_to_lora; arXiv 2604.27796"
+    source: ClassVar[str] = "Eckart and Young 1936; PEFT's convert_to_lora"
 
-    rank: int | None = flag(None, "this rank everywhere")
+    rank: int | None = flag(None, "this rank everywhere; without a size, r / 2")
     energy: float | None = flag(
         None, "the smallest rank of each module that keeps this share of its update's energy"
     )
     budget: int | None = flag(None, "at most so many parameters, by energy per parameter")
-    threshold: bool = flag(
-        False, "within the budget, one threshold on the singular values of all modules (PARA): a "
-        "module may be left without an adapter"
-    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
         ways = [name for name in ("rank", "energy", "budget") if getattr(self, name) is not None]
         if len(ways) > 1:
             raise RankwiseError(f"{ways[0]} and {ways[1]} both choose the size; give one")
-        if self.threshold and ways and ways != ["budget"]:
-            raise RankwiseError(f"threshold cuts to a budget; leave {ways[0]} out")
+        if self.rank is not None and not 1 <= self.rank <= self.r:
+            raise RankwiseError(f"rank is {self.rank}; the adapter has ranks 1 to r = {self.r}")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise RankwiseError(f"energy is {self.energy}; it has to be above 0 and at most 1")
 
@@ -51,22 +47,15 @@ class SvdCut(LoraMethod):
         from rankwise.adapter import Adapter
 
         assert plan is not None
-        whole = Path(str(setting.args.output_dir)) / "whole"
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(str(whole))
-        adapter = Adapter.load(whole)
+        adapter = Adapter.of(trainer.accelerator.unwrap_model(trainer.model))
         cut = self._cut(adapter, plan)
         return Kept(replace(cut.as_plan(plan.scaling), r=self.r), found=(adapter, cut))
 
     def _cut(self, adapter: "Adapter", plan: "RankPlan") -> "Adapter":
-        budget = self.budget
-        if budget is None and self.threshold:
-            budget = plan.parameters // 2
-        if budget is not None:
+        if self.budget is not None:
             # a fused layer stores zeros, which the plan does not count
-            stored = min(round(budget * adapter.parameters / plan.parameters), adapter.parameters)
-            if self.threshold:
-                return adapter.truncate_threshold(stored)
-            return adapter.truncate_svd(budget=stored)
+            ratio = adapter.parameters / plan.parameters
+            return adapter.truncate_svd(budget=min(round(self.budget * ratio), adapter.parameters))
         if self.energy is not None:
             return adapter.truncate_svd(energy=self.energy)
         return adapter.truncate_svd(self.rank or max(1, self.r // 2))
@@ -80,5 +69,4 @@ class SvdCut(LoraMethod):
         swap_adapter(trainer, folder / "adapter")
 
     def label(self, plan: "RankPlan | None") -> str:
-        how: Any = "one threshold" if self.threshold else "energy" if self.energy else None
-        return self.title + (f", {how}" if how else "")
+        return self.title + (", energy" if self.energy is not None else "")
