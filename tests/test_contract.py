@@ -4,6 +4,7 @@ start -> attach -> a few steps -> keep -> hand over -> reload where rankwise can
 equal logits. A method that PEFT or transformers cannot read comes back through its own `load`.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,32 @@ def test_what_is_handed_over_computes_what_was_trained(of, name, plain_peft, tmp
     if kept.plan is not None:
         realised = {name: layer.r["default"] for name, layer in layers_of(again).items()}
         assert realised == kept.plan.module_ranks()
+
+
+def test_a_run_stopped_after_its_last_step_takes_no_other(name_of_one_training, tmp_path):
+    """Stopped while it chose: the training goes on from its last checkpoint with no step more."""
+    of, method = family("bert-classification"), small(name_of_one_training)
+    found = []
+    for resume in (None, True):
+        model = of.model()
+        setting = setting_for(of, model, method, tmp_path / "training")
+        saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 7}
+        setting = replace(setting, args=method.arguments(arguments(tmp_path / "t", **saving)))
+        plan = method.start(model, setting)
+        torch.manual_seed(0)
+        trainer = method.trainer(method.attach(model, plan, setting), plan, setting)
+        run_training(trainer, resume)
+        assert trainer.state.global_step == 7
+        method.hand_over(trainer, method.keep(trainer, plan, setting), tmp_path / str(resume))
+        found.append(logits(trainer.model.eval(), of))
+    assert torch.equal(*found)
+
+
+@pytest.fixture(
+    params=[n for n, m in METHODS.items() if m.resumable and not m.anew and n != "llama-adapter"]
+)
+def name_of_one_training(request):
+    return request.param
 
 
 @pytest.mark.parametrize("of", ["gpt2-classification", "gpt2-lm"])

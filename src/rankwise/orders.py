@@ -98,10 +98,6 @@ class Order:
             return tuple(_first_of_each(self.sequence, rank))
         if keep is not None and not 0 < keep <= 1:
             raise AdapterError(f"keep is {keep}; it is a share, above 0 and at most 1")
-        if budget is not None and budget > self.parameters:
-            raise AdapterError(
-                f"budget is {budget}; the adapter has {self.parameters} parameters, give no more"
-            )
         limit = budget if budget is not None else math.floor(self.parameters * (keep or 0) + 1e-6)
         kept, spent = [], 0
         for name, j in self.sequence:
@@ -278,7 +274,7 @@ def svd_pieces(factors: Mapping[str, Factors]) -> tuple[dict[str, Factors], dict
     for name, f in factors.items():
         u, s, v = svd(f)
         root = s.sqrt()
-        pieces[name] = _like(f, root[:, None] * v[: len(s)], u * root)
+        pieces[name] = _like(f, root[:, None] * v[: len(s)], u[:, : len(s)] * root)
         values[name] = f.scaling * s
     return pieces, values
 
@@ -689,6 +685,10 @@ class Ordered:
         Raises:
             AdapterError: not one of the three, out of range, or too small for the first piece.
         """
+        if budget is not None and budget > (most := self.adapter.parameters):
+            raise AdapterError(
+                f"budget is {budget}; the adapter has {most} parameters, give no more"
+            )
         found = self.order.factors(budget, keep=keep, rank=rank)
         return self.adapter.with_factors({n: f for n, f in found.items() if f is not None})
 

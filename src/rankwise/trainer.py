@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
@@ -186,7 +188,13 @@ def run_training(trainer: Trainer, resume_from_checkpoint: str | bool | None) ->
     """
     configuration = getattr(trainer, "configuration", None)
     found = find_checkpoint(str(trainer.args.output_dir), resume_from_checkpoint, configuration)
-    trainer.train(resume_from_checkpoint=found)
+    state = None if found is None else TrainerState.load_from_json(f"{found}/{TRAINER_STATE_NAME}")
+    if found is None or state is None or state.global_step < state.max_steps:
+        trainer.train(resume_from_checkpoint=found)
+        return
+    # Trainer would take one more step from a checkpoint of the last one
+    trainer.state = state
+    trainer._load_from_checkpoint(found)
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:

@@ -44,7 +44,7 @@ def setting_for(folder: Path, held_out: int = 100, **changes: Any) -> Setting:
     )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def trained(tmp_path_factory):
     """(trainer after training, plan, setting) of LoRA of rank 3 on all linear layers."""
     setting, method = setting_for(tmp_path_factory.mktemp("trained")), CutByData(r=3)
@@ -409,8 +409,8 @@ def test_where_there_are_test_rows_the_validation_rows_order_and_judge(
 
 
 def test_without_test_rows_a_share_of_the_training_rows_does(folders, tiny_bert, watched, tmp_path):
-    fitted = run(tiny_bert, folders["untested"], tmp_path / "out", order_rows=20)
-    assert (len(watched["order"]), len(watched["judge"])) == (20, 48)
+    fitted = run(tiny_bert, folders["untested"], tmp_path / "out", order_rows=32)
+    assert (len(watched["order"]), len(watched["judge"])) == (32, 36)
     held_out = watched["order"] | watched["judge"]
     assert len(held_out) == 68  # a fifth
     assert held_out < encoded(fitted, fitted.job.task.train)

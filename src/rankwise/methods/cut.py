@@ -6,6 +6,7 @@ smallest that is as good. Every other size is a cut of the same order.
 """
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -67,9 +68,9 @@ class CutByData(LoraMethod):
             raise RankwiseError(f"budget is {self.budget}; it has to be at least 1")
         if self.margin is not None and not 0 <= self.margin < float("inf"):
             raise RankwiseError(f"margin is {self.margin}; it has to be at least 0")
-        for name in ("sizes", "order_rows"):
-            if getattr(self, name) < 2:
-                raise RankwiseError(f"{name} is {getattr(self, name)}; it has to be at least 2")
+        for name, least in (("sizes", 2), ("order_rows", LEAST_ROWS // 2)):
+            if getattr(self, name) < least:
+                raise RankwiseError(f"{name} is {getattr(self, name)}; it has to be >= {least}")
 
     def check(self, model: "nn.Module", setting: Setting) -> None:
         plan = self.start(model, setting)
@@ -161,13 +162,13 @@ def _measured(trainer: Any, cuts: "Mapping[int, Adapter]", rows: Any, setting: S
     from rankwise.choose import measure_sizes
     from rankwise.curvature import read, write
     from rankwise.orders import padded
-    from rankwise.trainer import replaced
 
     model = trainer.accelerator.unwrap_model(trainer.model)
     whole, args = read(model), trainer.args
     if trainer.compute_metrics is None:  # one batch would have an interval of no width
         size = max(1, min(args.per_device_eval_batch_size, len(rows) // LEAST_BATCHES))
-        trainer.args = replaced(args, per_device_eval_batch_size=size)
+        trainer.args = copy(args)  # not replace: a new TrainingArguments resets accelerate's state
+        trainer.args.per_device_eval_batch_size = size
 
     def set_size(size: int) -> None:
         factors = cuts[size].factors()
