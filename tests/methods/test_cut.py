@@ -61,7 +61,7 @@ def kept_by(trained, **flags: Any) -> Kept:
     return CutByData(r=3, **flags).keep(trainer, plan, setting)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def kept(trained) -> Kept:
     return kept_by(trained)
 
@@ -293,7 +293,7 @@ def test_a_budget_out_of_range(tmp_path):
         ({"margin": -0.01}, "margin is -0.01; it has to be at least 0"),
         ({"margin": float("nan")}, "margin is nan"),
         ({"margin": float("inf")}, "margin is inf"),
-        ({"sizes": 1}, "sizes is 1; it has to be at least 2"),
+        ({"sizes": 1}, "sizes is 1; it has to be >= 2"),
         ({"order_rows": 1}, "order_rows is 1"),
     ],
     ids=str,
