@@ -10,6 +10,9 @@ Series = tuple[Sequence[int], Sequence[float], Sequence[float]]
 """Sizes, values, and the half-width of the band around each value."""
 
 
+SPREAD = 32  # times the smallest: more than ranks ever differ by
+
+
 def save_curves(
     series: Mapping[str, Series],
     metric: str,
@@ -42,11 +45,16 @@ def save_curves(
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     draw_curves(axes, series)
+    sizes = sorted({size for of, _, _ in series.values() for size in of})
+    if sizes[-1] > SPREAD * sizes[0]:  # sizes that double: each as far from the next
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, [_short(size) for size in sizes], fontsize="small")
+        axes.minorticks_off()
     if mark is not None:
         axes.axvline(mark, color="0.6", linestyle=":", zorder=0)
-        late = mark > max(max(ranks) for ranks, _, _ in series.values()) / 2
+        late = mark > sizes[len(sizes) // 2]
         axes.annotate(
-            f"picked: {mark}",
+            f"picked: {mark:,}",
             (mark, 0),
             xycoords=("data", "axes fraction"),
             xytext=(-4 if late else 4, 5),
@@ -59,6 +67,11 @@ def save_curves(
     with temporary_name(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
     return True
+
+
+def _short(size: int) -> str:
+    """41,856 as 42k: eight of them stand side by side."""
+    return f"{size / 1000:.3g}k" if size >= 1000 else str(size)
 
 
 def draw_curves(axes: Any, series: Mapping[str, Series]) -> None:
