@@ -32,7 +32,8 @@ format: $(STAMP) ## put imports and code into the format that lint asks for
 	$(BIN)/ruff check --select I --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## measure what a step costs
+bench: $(STAMP) ## measure what a step, a --help and a cut cost
+	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/step_cost.py $(BENCH_ARGS)
 
 clean: ## remove .venv, caches and build products (runs/ stays)
