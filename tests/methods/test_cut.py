@@ -17,6 +17,7 @@ from conftest import make_rows, write_jsonl
 from families import arguments, family, rows
 from rankwise import choose, orders
 from rankwise.errors import DataError, DivergedError, RankwiseError
+from rankwise.job import Source
 from rankwise.methods.base import Kept, Setting
 from rankwise.methods.cut import CutByData
 from rankwise.trainer import FiniteTrainer
@@ -44,15 +45,28 @@ def setting_for(folder: Path, held_out: int = 100, **changes: Any) -> Setting:
     )
 
 
-@pytest.fixture
-def trained(tmp_path_factory):
-    """(trainer after training, plan, setting) of LoRA of rank 3 on all linear layers."""
-    setting, method = setting_for(tmp_path_factory.mktemp("trained")), CutByData(r=3)
+def untrained(folder: Path) -> tuple[Any, Any, Setting]:
+    """(trainer, plan, setting) of LoRA of rank 3 on all linear layers."""
+    setting, method = setting_for(folder), CutByData(r=3)
     model = OF.model()
     plan = method.start(model, setting)
     set_seed(0)
-    trainer = method.trainer(method.attach(model, plan, setting), plan, setting)
+    return method.trainer(method.attach(model, plan, setting), plan, setting), plan, setting
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> dict[str, torch.Tensor]:
+    """Those of the model after its training."""
+    trainer, *_ = untrained(tmp_path_factory.mktemp("trained"))
     trainer.train()
+    return {name: t.clone() for name, t in trainer.model.state_dict().items()}
+
+
+@pytest.fixture
+def trained(weights, tmp_path):
+    """(trainer after training, plan, setting), anew: other TrainingArguments spoil a trainer."""
+    trainer, plan, setting = untrained(tmp_path)
+    trainer.model.load_state_dict(weights)
     return trainer, plan, setting
 
 
@@ -61,9 +75,11 @@ def kept_by(trained, **flags: Any) -> Kept:
     return CutByData(r=3, **flags).keep(trainer, plan, setting)
 
 
-@pytest.fixture
-def kept(trained) -> Kept:
-    return kept_by(trained)
+@pytest.fixture(scope="module")
+def kept(weights, tmp_path_factory) -> Kept:
+    trainer, plan, setting = untrained(tmp_path_factory.mktemp("kept"))
+    trainer.model.load_state_dict(weights)
+    return kept_by((trainer, plan, setting))
 
 
 def refused(kind: type[Exception], call: Any, *words: str) -> None:
@@ -87,7 +103,7 @@ def by_hand(curve: choose.Curve, margin: float | None) -> int:
     return curve.sizes[max(failing) + 1 if failing else 0]
 
 
-@pytest.mark.parametrize("margin", [None, 0.0, 0.02, 0.1, 0.3, 1.0])
+@pytest.mark.parametrize("margin", [None, 0.0, 0.2, 1.0])
 def test_the_smallest_size_that_is_as_good_is_handed_over(trained, margin):
     found = kept_by(trained, margin=margin)
     expected = by_hand(found.curve, margin)
@@ -99,16 +115,15 @@ def test_the_smallest_size_that_is_as_good_is_handed_over(trained, margin):
         assert expected == found.curve.sizes[0]
 
 
-def test_the_choices_above_are_not_all_the_same(trained):
-    sizes = {by_hand(kept_by(trained).curve, m) for m in (0.0, 0.1, 0.3, 1.0)}
-    assert len(sizes) > 1
+def test_the_choices_above_are_not_all_the_same(kept):
+    assert len({by_hand(kept.curve, m) for m in (0.0, 0.2, 1.0)}) > 1
 
 
 def test_by_the_loss_the_same_rule(trained):
     trainer, plan, setting = trained
     by_loss = replace(setting, metric="loss", greater_is_better=False)
     bare = CutByData(r=3).trainer(trainer.model, plan, replace(by_loss, options={}))
-    for margin in (None, 0.05, 100.0):
+    for margin in (None, 100.0):
         found = CutByData(r=3, margin=margin).keep(bare, plan, by_loss)
         assert not found.curve.greater_is_better
         assert found.plan.parameters == by_hand(found.curve, margin)
@@ -147,7 +162,7 @@ def measured(trainer, small, inputs, labels) -> float:
     return found
 
 
-@pytest.mark.parametrize("share", [0.07, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("share", [0.07, 0.9, 1.0])
 def test_a_budget_is_used_up_to_the_piece_that_does_not_fit(trained, kept, share):
     ordered, _ = kept.found
     budget = int(share * ordered.order.parameters)
@@ -169,7 +184,7 @@ def numbers(text: str) -> list[float]:
     return [float(word.replace(",", "")) for word in re.findall(r"[-+]?\d[\d,]*\.?\d*", text)]
 
 
-@pytest.mark.parametrize("margin", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("margin", [0.0, 1.0])
 def test_the_sentence_says_what_the_curve_says(trained, margin):
     found = kept_by(trained, margin=margin)
     text, curve, plan = found.figures["choice"], found.curve, found.plan
@@ -228,7 +243,7 @@ def test_the_trained_model_is_as_before_bit_for_bit(trained):
 
 
 def test_rivals_have_at_most_the_size_of_the_cut(trained, kept):
-    for found in (kept, kept_by(trained, budget=200), kept_by(trained, budget=600)):
+    for found in (kept, kept_by(trained, budget=200)):
         ordered, small = found.found
         rivals = CutByData(r=3).rivals(found)
         assert rivals.pop("all pieces").parameters == ordered.order.parameters
@@ -318,7 +333,7 @@ def test_a_loss_that_is_not_finite_stops_it(trained):
 
 # Which rows see what, from the rows on disk.
 
-FLAGS: dict[str, Any] = {"r": 4, "margin": 0.5}
+FLAGS: dict[str, Any] = {"r": 4, "margin": 0.5, "sizes": 4}
 
 
 def unlike(count: int, taken: set[str], seed: int) -> list[dict]:
@@ -355,7 +370,8 @@ def run(tiny_bert: str, data: Path, out: Path, **more: Any) -> rankwise.Fitted:
         save_steps=2,
         per_device_train_batch_size=8,
     )
-    return rankwise.fit("cut", data, model=tiny_bert, output_dir=out, args=args, **FLAGS | more)
+    source = Source(tiny_bert, revision="main")
+    return rankwise.fit("cut", data, model=source, output_dir=out, args=args, **FLAGS | more)
 
 
 def ids(batch: Any) -> set[tuple[int, ...]]:
@@ -437,8 +453,6 @@ def same(a: Path, b: Path) -> bool:
     ("owner", "name", "call"),
     [
         (FiniteTrainer, "training_step", 4),  # after the checkpoint of step 2
-        (choose, "measure_sizes", 1),  # the order is made, nothing is measured
-        (CutByData, "hand_over", 1),
         (CutByData, "rivals", 1),
     ],
 )
@@ -481,9 +495,7 @@ def test_what_a_run_hands_over_is_the_cut_of_what_it_keeps(never_stopped):
     assert size in never_stopped.curve.sizes and size < never_stopped.curve.sizes[-1]
 
 
-def test_the_adapters_name_the_base_model_and_its_revision(folders, tiny_bert, tmp_path):
-    source = rankwise.job.Source(tiny_bert, revision="main")
-    out = run(source, folders["tested"], tmp_path / "out").folder
+def test_the_adapters_name_the_base_model_and_its_revision(never_stopped, tiny_bert):
     for name in ("adapter", "ordered"):
-        config = rankwise.Adapter.load(out / name).config
+        config = rankwise.Adapter.load(never_stopped.folder / name).config
         assert (config["base_model_name_or_path"], config["revision"]) == (tiny_bert, "main")
