@@ -41,10 +41,12 @@ def main() -> None:
 
 
 def load() -> dict[str, list[dict[str, Any]]]:
-    """Result files by task, in the order of seeds."""
+    """Result files that have all arms, by task, in the order of seeds."""
     runs: dict[str, list[dict[str, Any]]] = {}
     for path in sorted((HERE / "results" / "cut").glob("*-seed*.json")):
-        runs.setdefault(path.name.partition("-seed")[0], []).append(json.loads(path.read_text()))
+        found = json.loads(path.read_text())
+        if set(found["arms"]) >= {"all pieces", *ORDERS, *SCRATCH}:
+            runs.setdefault(path.name.partition("-seed")[0], []).append(found)
     return runs
 
 

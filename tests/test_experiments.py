@@ -38,6 +38,7 @@ def assert_close(found, saved, where="") -> None:
 
 sys.path.append(str(ROOT / "experiments"))
 summary = load("summary")
+cut = load("cut_summary")
 dylora = load("dylora_summary")
 
 
@@ -142,3 +143,11 @@ def test_arms_of_the_dylora_comparison_had_as_many_steps():
             longer = steps.pop("dylora-longer", 4 * steps["dylora"])
             assert len(set(steps.values())) == 1, task
             assert longer / steps["dylora"] == pytest.approx(4, rel=0.01)
+
+
+def test_pages_hold_the_tables_of_the_cut():
+    found = cut.summarise(cut.load())
+    saved = json.loads((ROOT / "experiments/results/cut-summary.json").read_text())
+    assert_close(json.loads(json.dumps(found)), saved)
+    assert cut.tables(saved) in (ROOT / "docs" / "cut.md").read_text(encoding="utf-8")
+    assert cut.short_table(saved) in (ROOT / "README.md").read_text(encoding="utf-8")

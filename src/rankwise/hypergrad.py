@@ -1,7 +1,7 @@
 """Gradients of a validation loss through one look-ahead step of the parameters.
 
 Plain functions over lists of tensors and loss closures; nothing in this file knows of LoRA. The
-problem is the two-level one of AutoLoRA (arXiv 2403.09113, eq. 4 and 5): with parameters θ,
+problem is the two-level one of arXiv 2403.09113 (eq. 4 and 5): with parameters θ,
 meta-parameters β and a look-ahead learning rate η,
 
     θ'(β) = θ - η ∇_θ L_train(θ, β)                                         (eq. 4)
@@ -89,7 +89,8 @@ def hypergradient(
     Raises:
         ValueError: unknown estimator.
 
-    Source: AutoLoRA, eq. 4 and 5; the finite difference is that of DARTS (arXiv 1806.09055, eq. 8).
+    Source: arXiv 2403.09113, eq. 4 and 5; the finite difference is that of DARTS (arXiv
+        1806.09055, eq. 8).
 
     Example:
         >>> w = torch.tensor([1.0], requires_grad=True)

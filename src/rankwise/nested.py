@@ -221,7 +221,7 @@ def curve(
     """Evaluates a nested adapter at every rank of its range; the model ends at the largest.
 
     Args:
-        trainer: what `rankwise.train(..., method="dylora")` returned.
+        trainer: what `rankwise.train` with a nested method returned.
         dataset: rows with labels, ready for the model.
         ranks: which ranks; None is all that were trained.
         metric, greater_is_better: what counts, see `choose.measure_sizes`.
@@ -262,7 +262,7 @@ def size_loss(trainer: NestedTrainer, dataset: Any) -> Loss:
     The model stands at the largest rank again after each call.
 
     Args:
-        trainer: what `rankwise.train(..., method="dylora")` returned.
+        trainer: what `rankwise.train` with a nested method returned.
         dataset: rows with labels, ready for the model.
 
     Example:

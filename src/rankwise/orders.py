@@ -263,7 +263,7 @@ def at_random(factors: Mapping[str, Factors], seed: int = 0) -> Order:
 
 
 def by_index(factors: Mapping[str, Factors]) -> Order:
-    """The pieces as they are, first ones first, layer by layer: DyLoRA's order."""
+    """The pieces as they are, first ones first, layer by layer: that of a nested training."""
     pieces = sorted(_all(factors), key=lambda piece: piece[1])
     return Order(dict(factors), tuple(pieces), {"order": "index"})
 

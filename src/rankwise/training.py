@@ -107,7 +107,7 @@ def train(
         train_dataset: training and validation rows together, where the plan comes from a search.
         args: TrainingArguments. `args.seed` also draws the factors, and ranks where a method does.
         method: how the pieces are trained; "lora" is all of them together. With one whose training
-            gives several sizes ("dylora"), evaluations during the training are of the largest.
+            gives several sizes, evaluations during the training are of the largest.
         task_type, lora_dropout: of the LoraConfig; None infers the type from the model's class.
         resume_from_checkpoint: a checkpoint folder, or True for the last complete one in
             `args.output_dir`.

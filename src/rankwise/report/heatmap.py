@@ -1,4 +1,4 @@
-"""ranks.png: the ranks of a plan as a heat map, layers x matrices (AutoLoRA, figure 3)."""
+"""ranks.png: the ranks of a plan as a heat map, layers x matrices (arXiv 2403.09113, figure 3)."""
 
 import re
 from pathlib import Path
