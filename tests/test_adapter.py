@@ -481,6 +481,16 @@ def test_a_threshold_out_of_range_names_what_there_is():
     assert by_threshold(adapter, 80).cuts["small"].rank == 0
 
 
+def test_a_module_with_a_bias_of_its_own_is_not_left_without_an_adapter(tmp_path):
+    kind = bert_kind("bias", lora_bias=True)
+    saved(kind, tmp_path / "whole")
+    adapter = Adapter.load(tmp_path / "whole")
+    ordered = Ordered(adapter, by_sigma(adapter.factors()))
+    assert ordered.cut(rank=1).cuts.keys() == adapter.factors().keys()
+    with pytest.raises(AdapterError, match=r"has a bias beside its factors .* truncate_svd"):
+        ordered.cut(keep=1 / 8)
+
+
 def test_factors_of_other_modules_and_none_at_all_are_refused():
     adapter = in_memory({"x": [3.0, 2.0], "y": [1.0, 0.5]}, {"x": 5, "y": 4})
     own = adapter.factors()

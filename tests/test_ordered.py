@@ -201,6 +201,8 @@ def test_what_has_no_order_is_refused_in_one_line():
     refused(ModelError, lambda: rankwise.order(nn.Linear(2, 2), data), "no LoRA layers")
     dora = adapted(Case("dora", "bert-classification", {"use_dora": True}))
     refused(ModelError, lambda: rankwise.order(dora, data), "DoRA")
+    bias = adapted(Case("bias", "bert-classification", {"lora_bias": True}))
+    refused(ModelError, lambda: rankwise.order(bias, data), "lora_bias=False")
 
 
 def test_rows_that_cannot_order_are_refused_in_one_line():

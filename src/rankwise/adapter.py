@@ -434,6 +434,12 @@ class Adapter:
         }
         config |= patterns(said)
         if dropped := set(self.factors()) - set(factors):
+            biased = {name for name in dropped if self._has_bias(name)}
+            if biased:  # a bias belongs to no piece, and would go with the module unseen
+                raise AdapterError(
+                    f"{min(biased)!r} has a bias beside its factors (lora_bias), so it cannot be "
+                    "left without an adapter; cut by truncate_svd, which keeps a piece everywhere"
+                )
             names = exact_targets(list(factors), set(factors) | dropped)
             config |= {"target_modules": names, "exclude_modules": None}
         weights = dict(self.weights)
@@ -444,6 +450,10 @@ class Adapter:
                 else:
                     weights[key] = half.a if match[3] == "A" else half.b
         return Adapter(config, weights, None, cuts, how)
+
+    def _has_bias(self, name: str) -> bool:
+        key = f"{name}.lora_B.bias"
+        return key in self.weights or f"base_model.model.{key}" in self.weights
 
     @property
     def parameters(self) -> int:

@@ -381,6 +381,11 @@ def read(model: Any) -> dict[str, Factors]:
             )
         if cast(Any, layer).merged:
             raise ModelError(f"{name!r} is merged into the base model; call unmerge_adapter()")
+        if layer.lora_bias.get(ADAPTER):
+            raise ModelError(
+                f"{name!r} has a bias beside its factors, which belongs to no piece and would go "
+                "with the module; train with lora_bias=False, or cut by singular values"
+            )
         if parametrize.is_parametrized(*b_slot(layer)):
             raise ModelError(f"{name!r} has a gate attached; bake it first (rankwise.bake)")
     return {
