@@ -233,6 +233,13 @@ def pick(curve: Curve, tolerance: float | None = None) -> int:
 POINT = 0.01
 
 
+def default_margin(curve: Curve) -> float:
+    """What `smallest_as_good` allows where no margin is given, in the metric's units."""
+    unbounded = curve.metric.endswith(("loss", "perplexity"))
+    point = POINT * (abs(curve.values[-1]) if unbounded else 1)
+    return max(point, curve.standard_errors[-1])
+
+
 def smallest_as_good(curve: Curve, margin: float | None = None) -> int:
     """The smallest size that is as good as the largest, by paired intervals.
 
@@ -257,9 +264,7 @@ def smallest_as_good(curve: Curve, margin: float | None = None) -> int:
     if margin is not None and not margin >= 0:
         raise RankwiseError(f"margin is {margin}; it has to be >= 0")
     if margin is None:
-        unbounded = curve.metric.endswith(("loss", "perplexity"))
-        point = POINT * (abs(curve.values[-1]) if unbounded else 1)
-        margin = max(point, curve.standard_errors[-1])
+        margin = default_margin(curve)
     found = curve.sizes[-1]
     for size in reversed(curve.sizes):
         if curve.difference(size)[1] < -margin:

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from rankwise.plan import RankPlan
     from rankwise.rows import TwoSets
 
+NOTHING = (
+    ". But no row tells any size from another: the training has learned nothing, or the rows are "
+    "too few, and this says nothing of sizes"
+)
 LEAST_ROWS = 64  # half of them order, half judge
 LEAST_BATCHES = 32  # for the spread of a loss that is known by batch alone
 
@@ -104,7 +108,7 @@ class CutByData(LoraMethod):
         return hold_out(setting.held_out, count - order, setting.args.seed)
 
     def keep(self, trainer: Any, plan: "RankPlan | None", setting: Setting) -> Kept:
-        from rankwise.choose import smallest_as_good
+        from rankwise.choose import default_margin, smallest_as_good
         from rankwise.orders import order
 
         assert plan is not None
@@ -120,10 +124,13 @@ class CutByData(LoraMethod):
         else:
             small = ordered.cut(self.budget)
         kept = replace(small.as_plan(plan.scaling), r=self.r)
+        alike = len(set(found.values)) == 1 and not any(found.difference_errors)
         figures = {
+            "margin": default_margin(found) if self.margin is None else self.margin,
+            "learned_nothing": alike,  # as far as these rows can tell
             "order_rows": len(rows.train),
             "picked_by": "as good" if self.budget is None else "budget",
-            "choice": _said(found, kept, ordered, asked=self.budget is not None),
+            "choice": _said(found, kept, ordered, asked=self.budget is not None) + NOTHING * alike,
         }
         return Kept(kept, found, figures, found=(ordered, small))
 
