@@ -87,22 +87,23 @@ def bert(tiny_bert):
     return AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=2)
 
 
+def write_splits(folder: Path, **counts: int) -> str:
+    """A file of so many rows a split, each drawn with a seed of its own; gives back the folder."""
+    for seed, (split, count) in enumerate(counts.items()):
+        write_jsonl(folder / f"{split}.jsonl", make_rows(count, seed))
+    return str(folder)
+
+
 @pytest.fixture(scope="session")
 def rows_dir(tmp_path_factory) -> str:
     """A folder with train, validation and test JSON lines: 60 rows, a good or a bad text each."""
-    folder = tmp_path_factory.mktemp("rows")
-    for seed, (split, count) in enumerate({"train": 36, "validation": 12, "test": 12}.items()):
-        write_jsonl(folder / f"{split}.jsonl", make_rows(count, seed))
-    return str(folder)
+    return write_splits(tmp_path_factory.mktemp("rows"), train=36, validation=12, test=12)
 
 
 @pytest.fixture(scope="session")
 def many_rows_dir(tmp_path_factory) -> str:
     """The same with enough validation rows to order pieces by and to judge them on."""
-    folder = tmp_path_factory.mktemp("many-rows")
-    for seed, (split, count) in enumerate({"train": 36, "validation": 80, "test": 12}.items()):
-        write_jsonl(folder / f"{split}.jsonl", make_rows(count, seed))
-    return str(folder)
+    return write_splits(tmp_path_factory.mktemp("many-rows"), train=36, validation=80, test=12)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from rankwise.errors import DivergedError, PlanError, RankwiseError
 from rankwise.plan import RankPlan, within_budget
 
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
     from transformers.trainer_utils import EvalLoopOutput
 
     from rankwise.trainer import FiniteTrainer
@@ -113,7 +114,7 @@ def measure_sizes(
     """
     if not sizes or len(dataset) == 0:
         raise RankwiseError(f"there are no {unit}s, or no rows, to measure; give some of both")
-    metric, greater_is_better = _what_counts(trainer, metric, greater_is_better)
+    metric, greater_is_better = what_counts(trainer.args, metric, greater_is_better)
     found, samples = [], []
     try:
         for size in sizes:
@@ -144,13 +145,14 @@ def measure_sizes(
     )
 
 
-def _what_counts(
-    trainer: "FiniteTrainer", metric: str | None, greater_is_better: bool | None
+def what_counts(
+    args: "TrainingArguments", metric: str | None, greater_is_better: bool | None
 ) -> tuple[str, bool]:
-    best = (trainer.args.metric_for_best_model or "loss").removeprefix("eval_")
+    """The metric that counts and its direction, from TrainingArguments where they are not given."""
+    best = (args.metric_for_best_model or "loss").removeprefix("eval_")
     metric = (metric or best).removeprefix("eval_")
     if greater_is_better is None and metric == best:
-        greater_is_better = trainer.args.greater_is_better
+        greater_is_better = args.greater_is_better
     if greater_is_better is None:
         greater_is_better = not metric.endswith(("loss", "perplexity"))
     return metric, greater_is_better

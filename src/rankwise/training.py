@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, SchedulerType, TrainingArguments, set_seed
 
+from rankwise.choose import what_counts
 from rankwise.errors import RankwiseError
 from rankwise.methods import DEFAULT_SEARCH, Method, Setting, by_name
 from rankwise.plan import RankPlan
@@ -183,11 +184,7 @@ def setting_of(
 
     The metric is `args.metric_for_best_model` where None is given, or else the loss.
     """
-    metric = (metric or args.metric_for_best_model or "loss").removeprefix("eval_")
-    if greater_is_better is None:
-        greater_is_better = args.greater_is_better
-    if greater_is_better is None:
-        greater_is_better = not metric.endswith(("loss", "perplexity"))
+    metric, greater_is_better = what_counts(args, metric, greater_is_better)
     setting = Setting(
         data.train, data.validation, args, task_type, metric, greater_is_better, options
     )
