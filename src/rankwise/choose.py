@@ -26,6 +26,7 @@ RESAMPLES = 100  # of the bootstrap behind a standard error, which is then known
 CONFIDENCE = 1.96  # standard errors on each side of a 95 % interval
 
 Loss = Callable[[Mapping[str, int]], float]
+ScoreRows = Callable[[Any], Callable[[np.ndarray], float]]
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ def measure_sizes(
     unit: Literal["rank", "parameters"],
     metric: str | None = None,
     greater_is_better: bool | None = None,
+    score_rows: ScoreRows | None = None,
 ) -> Curve:
     """Evaluates an adapter at each of its sizes, on the same rows. The model ends at the largest.
 
@@ -107,6 +109,8 @@ def measure_sizes(
             `args.metric_for_best_model`, or else the loss.
         greater_is_better: direction of the metric; None is `args.greater_is_better` where the
             metric is that of `args`, or else False for names that end in "loss" or "perplexity".
+        score_rows: of predictions, the metric of any choice of their rows, where that is quicker
+            than to compute it anew; None does that.
 
     Raises:
         RankwiseError: no sizes, no rows, or a metric that is not computed.
@@ -128,7 +132,7 @@ def measure_sizes(
                 if not np.isfinite(values[name]):
                     raise DivergedError(f"{name} is {values[name]} at {unit} {size} after training")
             found.append(values)
-            samples.append(_resampled(trainer, metric, output))
+            samples.append(_resampled(trainer, metric, output, score_rows))
     finally:
         set_size(sizes[-1])
     errors = [_spread(sample) for sample in samples]
@@ -169,28 +173,59 @@ def _plain(metrics: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def _resampled(trainer: "FiniteTrainer", metric: str, output: "EvalLoopOutput") -> np.ndarray:
+def _resampled(
+    trainer: "FiniteTrainer", metric: str, output: "EvalLoopOutput", score_rows: ScoreRows | None
+) -> np.ndarray:
     """Numbers whose standard deviation is the metric's standard error, alike for every size.
 
     The metric of seeded bootstrap resamples of the rows; where rows cannot be resampled, what the
     batches' mean losses say of their mean.
     """
-    from transformers import EvalPrediction
-
     compute, labels = trainer.compute_metrics, output.label_ids
-
-    def measured(rows: np.ndarray) -> float:
-        sample = EvalPrediction(_take(output.predictions, rows), _take(labels, rows))
-        return _plain(compute(sample)).get(metric, float("nan"))
-
     if compute is not None and labels is not None:
-        count = len(labels[0] if isinstance(labels, tuple) else labels)
-        if np.isfinite(measured(np.arange(count))):
-            rng = np.random.default_rng(0)
-            draws = (rng.integers(count, size=count) for _ in range(RESAMPLES))
-            return np.array([measured(rows) for rows in draws])
+        score = (score_rows or _scored_anew(compute, metric))(output)
+        sample = resampled(score, len(labels[0] if isinstance(labels, tuple) else labels))
+        if len(sample):
+            return sample
     losses = trainer.batch_losses()
     return losses / len(losses) ** 0.5  # their spread is then that of their mean
+
+
+def resampled(score: Callable[[np.ndarray], float], count: int) -> np.ndarray:
+    """A metric of seeded bootstrap resamples of `count` rows; empty where it is not finite.
+
+    The same draws for the same count: of two models, the differences of these numbers have the
+    spread of the difference of the two metrics, row by row.
+
+    Args:
+        score: the metric of the rows at these indices, an index as often as it is drawn.
+        count: of rows.
+    """
+    if not np.isfinite(score(np.arange(count))):
+        return np.array([])
+    rng = np.random.default_rng(0)
+    return np.array([score(rng.integers(count, size=count)) for _ in range(RESAMPLES)])
+
+
+def interval(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Half the width of the 95 % interval of a difference, from resamples of the same rows."""
+    return CONFIDENCE * _spread(np.subtract(ours, theirs))
+
+
+def _scored_anew(compute: Callable[[Any], Mapping[str, float]], metric: str) -> ScoreRows:
+    """`score_rows` of a metric of which nothing more is known than how it is computed."""
+    from transformers import EvalPrediction
+
+    def score_rows(output: Any) -> Callable[[np.ndarray], float]:
+        def score(rows: np.ndarray) -> float:
+            sample = EvalPrediction(
+                take_rows(output.predictions, rows), take_rows(output.label_ids, rows)
+            )
+            return _plain(compute(sample)).get(metric, float("nan"))
+
+        return score
+
+    return score_rows
 
 
 def _spread(sample: np.ndarray) -> float:
@@ -198,9 +233,10 @@ def _spread(sample: np.ndarray) -> float:
     return float(np.std(finite, ddof=1)) if len(finite) > 1 else 0.0
 
 
-def _take(arrays: Any, rows: np.ndarray) -> Any:
+def take_rows(arrays: Any, rows: np.ndarray) -> Any:
+    """Some rows of predictions or labels, which may be several arrays."""
     if isinstance(arrays, tuple):
-        return tuple(_take(array, rows) for array in arrays)
+        return tuple(take_rows(array, rows) for array in arrays)
     return arrays[rows]
 
 

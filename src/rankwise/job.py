@@ -10,8 +10,10 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,7 +32,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from rankwise import tasks
 from rankwise.adapter import OTHER_SIZES
-from rankwise.choose import Curve
+from rankwise.choose import Curve, resampled
 from rankwise.errors import DataError, DivergedError, RankwiseError
 from rankwise.files import write_json
 from rankwise.lora import swap_adapter
@@ -173,8 +175,8 @@ def fit(
             test, the name of a known task, or what `tasks.load_task` gave.
         model: hub id or folder of the base model, or a `Source`.
         output_dir: new or empty folder for the results.
-        args: TrainingArguments; None is 3 epochs of AdamW at 1e-4, batch 32. Its `output_dir` is
-            not used.
+        args: TrainingArguments; None is 3 epochs of AdamW at 1e-4, batch 32, warmed up over 6 % of
+            the steps. Its `output_dir` is not used.
         max_length: tokens; longer rows are cut.
         eval_split: rows that the figures come from: "validation", "test", or "auto", which is test
             where it has labels.
@@ -195,6 +197,7 @@ def fit(
     from rankwise.training import with_options
 
     method, more = with_options(method, options)
+    _check_options(method, more)
     source = model if isinstance(model, Source) else Source(str(model))
     args = labelled(args or default_arguments(str(output_dir)))
     task = data if isinstance(data, tasks.Task) else _task(data, args.seed, more)
@@ -214,6 +217,23 @@ def fit(
     curve = None if result.curve is None else Curve.from_dict(result.curve)
     found = RankPlan.load(plan) if plan.is_file() else None
     return Fitted(folder, result, found, curve, job, method)
+
+
+def _check_options(method: Method, options: Mapping[str, Any]) -> None:
+    """Raises RankwiseError at an option that neither the method nor the task has."""
+    known = [name for name in signature(tasks.load_task).parameters if name != "seed"]
+    for name in options:
+        if name in known:
+            continue
+        if name in {f.name for f in fields(TrainingArguments)}:
+            raise RankwiseError(
+                f"{name} is one of transformers' TrainingArguments; give "
+                f"args=TrainingArguments(output_dir=..., {name}={options[name]!r})"
+            )
+        has = [f.name for f in fields(method)]
+        near = get_close_matches(name, [*known, *has], n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(has)}"
+        raise RankwiseError(f"neither {method.title} nor a task has an option {name!r}; {hint}")
 
 
 def _task(data: str | Path | None, seed: int, options: Mapping[str, Any]) -> tasks.Task:
@@ -301,6 +321,7 @@ def _asked(job: Job) -> dict[str, Any]:
         "task_type": job.task.task_type,
         "metric": job.task.main_metric,
         "greater_is_better": job.task.greater_is_better,
+        "score_rows": job.task.score_rows,
     }
 
 
@@ -445,7 +466,7 @@ def _train_stage(
             "held_out": len(data.validation),
             "evaluated": len(job.evaluation),
         },
-        "metrics": evaluate(job, trainer),
+        **evaluated(job, trainer),
         "rivals": _rivals(method, job, trainer, kept, head),
         "trainable_parameters": (lora or 0) + head,
         "lora_parameters": lora,
@@ -471,7 +492,7 @@ def _rivals(
             adapter.save(Path(scratch) / "adapter")
             swap_adapter(trainer, Path(scratch) / "adapter")
         size = adapter.parameters
-        about = {"name": name, "metrics": evaluate(job, trainer), "lora_parameters": size}
+        about = {"name": name, **evaluated(job, trainer), "lora_parameters": size}
         ranks = {module: f.rank for module, f in adapter.factors().items()}
         found.append(about | {"trainable_parameters": size + head, "ranks": ranks})
     return found
@@ -515,6 +536,7 @@ def _record(
         split=job.split,
         training=recorded(job.args),
         metrics=found["metrics"],
+        resampled=found["resampled"],
         trainable_parameters=found["trainable_parameters"],
         lora_parameters=found["lora_parameters"],
         ranks=None if plan is None else plan.ranks,
@@ -547,14 +569,22 @@ def evaluate(job: Job, trainer: Trainer) -> dict[str, float]:
     Raises:
         DivergedError: the loss is not finite.
     """
-    raw = trainer.evaluate(job.evaluation)
+    return evaluated(job, trainer)["metrics"]
+
+
+def evaluated(job: Job, trainer: Trainer) -> dict[str, Any]:
+    """`evaluate`'s metrics, and the main one on resamples of the rows, as a record holds them."""
+    output = trainer.predict(job.evaluation, metric_key_prefix="eval")
+    raw = output.metrics or {}
     if not math.isfinite(raw["eval_loss"]):
         raise DivergedError(
             f"the loss on the {job.split} rows is {raw['eval_loss']} after training; lower "
             f"--learning_rate (now {job.args.learning_rate:g})"
         )
     names = [name for name in job.task.metrics if f"eval_{name}" in raw]
-    return {"loss": raw["eval_loss"]} | {name: float(raw[f"eval_{name}"]) for name in names}
+    metrics = {"loss": raw["eval_loss"]} | {name: float(raw[f"eval_{name}"]) for name in names}
+    sample = resampled(job.task.score_rows(output), len(job.evaluation))
+    return {"metrics": metrics, "resampled": tuple(round(float(x), 6) for x in sample)}
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from rankwise.adapter import NESTED, Adapter, card_header
-from rankwise.choose import Curve, Loss, measure_sizes
+from rankwise.choose import Curve, Loss, ScoreRows, measure_sizes
 from rankwise.errors import AdapterError, RankwiseError
 from rankwise.files import write_text
 from rankwise.gate import attach_nested, bake, keep_first
@@ -217,6 +217,7 @@ def curve(
     ranks: Iterable[int] | None = None,
     metric: str | None = None,
     greater_is_better: bool | None = None,
+    score_rows: ScoreRows | None = None,
 ) -> Curve:
     """Evaluates a nested adapter at every rank of its range; the model ends at the largest.
 
@@ -224,7 +225,7 @@ def curve(
         trainer: what `rankwise.train` with a nested method returned.
         dataset: rows with labels, ready for the model.
         ranks: which ranks; None is all that were trained.
-        metric, greater_is_better: what counts, see `choose.measure_sizes`.
+        metric, greater_is_better, score_rows: what counts, see `choose.measure_sizes`.
 
     Raises:
         RankwiseError: a rank that was not trained, a metric that is not computed.
@@ -251,6 +252,7 @@ def curve(
             unit="rank",
             metric=metric,
             greater_is_better=greater_is_better,
+            score_rows=score_rows,
         )
     finally:
         trainer.set_ranks(trainer.r)

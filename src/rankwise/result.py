@@ -34,6 +34,8 @@ class Result:
         curve: `Curve.to_dict()` where sizes were compared, else None.
         figures: more that the choice rests on.
         about: of the machine and the call: "command", "threads", "resumed", "versions".
+        resampled: the task's first metric on seeded resamples of the evaluated rows, the same rows
+            for all results: their differences tell the interval of a difference.
         verdict: in words, what the comparison with the controls says; "" without any.
         controls: results of what was trained beside it.
     """
@@ -54,6 +56,7 @@ class Result:
     curve: dict[str, Any] | None = None
     figures: dict[str, Any] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+    resampled: tuple[float, ...] = ()
     verdict: str = ""
     controls: tuple["Result", ...] = ()
 
@@ -112,6 +115,9 @@ class Result:
                     raise ResultError(
                         f"{field_name}: {name!r} is {value!r}; it has to be an integer >= 0"
                     )
+        if not all(isinstance(x, int | float) for x in values["resampled"]):
+            raise ResultError("'resampled' holds what is no number")
+        values["resampled"] = tuple(values["resampled"])
         controls = tuple(cls.from_dict(control) for control in values.pop("controls"))
         return cls(**values, controls=controls)
 
@@ -123,5 +129,5 @@ _KINDS: dict[str, Any] = {
     **dict.fromkeys(("ranks", "curve"), (dict, type(None))),
     "trainable_parameters": int,
     "lora_parameters": (int, type(None)),
-    "controls": list,
+    **dict.fromkeys(("controls", "resampled"), list),
 }

@@ -266,6 +266,7 @@ def default_arguments(scratch: str) -> TrainingArguments:
         learning_rate=1e-4,
         num_train_epochs=3,
         per_device_train_batch_size=32,
+        warmup_steps=0.06,
         save_strategy="no",
         report_to="none",
     )

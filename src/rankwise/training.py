@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, SchedulerType, TrainingArguments, set_seed
 
-from rankwise.choose import what_counts
+from rankwise.choose import ScoreRows, what_counts
 from rankwise.errors import RankwiseError
 from rankwise.methods import DEFAULT_SEARCH, Method, Setting, by_name
 from rankwise.plan import RankPlan
@@ -54,7 +54,8 @@ def search(
         task_type: PEFT's; None infers it from the model's class. It decides which head is trained
             along with the factors.
         args: the search's own TrainingArguments: learning rate of the parameters, epochs, batch
-            size, precision, checkpoints, logging. None is 3 epochs of AdamW at 1e-4, batch 32.
+            size, precision, checkpoints, logging. None is 3 epochs of AdamW at 1e-4, batch 32,
+            warmed up over 6 % of the steps.
         resume_from_checkpoint: a checkpoint folder of an earlier, interrupted search, or True for
             the last complete one in `args.output_dir`.
         **options: flags of the method (`r`, `lora_alpha`, `target_modules`, ...); all others are
@@ -179,6 +180,7 @@ def setting_of(
     task_type: str | None,
     metric: str | None = None,
     greater_is_better: bool | None = None,
+    score_rows: ScoreRows | None = None,
 ) -> Setting:
     """What a method is given: the rows in two, and where its plan will come from.
 
@@ -186,7 +188,14 @@ def setting_of(
     """
     metric, greater_is_better = what_counts(args, metric, greater_is_better)
     setting = Setting(
-        data.train, data.validation, args, task_type, metric, greater_is_better, options
+        data.train,
+        data.validation,
+        args,
+        task_type,
+        metric,
+        greater_is_better,
+        score_rows,
+        options,
     )
     plan = method.start(model, setting)
     about = _provenance(method, model, plan, data, args, task_type)

@@ -212,7 +212,27 @@ def test_verdict(metric, ours, control, sentence):
     ).splitlines()
     assert sentence in first
     assert len(rest) == 1
-    assert "One seed" in rest[0]
+    assert "one training each" in rest[0]
+
+
+@pytest.mark.parametrize(
+    ("shift", "noise", "said"),
+    [
+        (0.02, 0.005, "A beat B by 0.0200 in accuracy (paired 95 % interval of the gain +0.01"),
+        (0.02, 0.05, "A and B cannot be told apart in accuracy (paired 95 % interval of the gain"),
+        (-0.02, 0.005, "B did better by 0.0200 in accuracy (paired 95 % interval of the gain -0.0"),
+        (-0.02, 0.05, "A and B cannot be told apart in accuracy"),
+    ],
+)
+def test_a_difference_within_the_error_of_the_rows_is_called_none(shift, noise, said):
+    rng = np.random.default_rng(0)
+    theirs = 0.7 + rng.normal(0, 0.1, 100)  # of rows that are hard for both alike
+    ours = theirs + shift + rng.normal(0, noise, 100)
+    first = verdict(
+        replace(result_of("A", accuracy=0.7 + shift), resampled=tuple(ours)),
+        [replace(result_of("B", accuracy=0.7), resampled=tuple(theirs))],
+    )
+    assert first.startswith(said)
 
 
 def test_verdict_judges_by_the_main_metric_and_names_every_control():
@@ -327,7 +347,7 @@ def test_curve_has_a_row_per_size():
     out = io.StringIO()
     print_curve(found, Console(file=out, width=80))
     lines = out.getvalue().splitlines()
-    assert "every size, 1,000 validation rows" in lines[0]
+    assert "every size, on 1,000 held-out rows" in lines[0]
     row = next(line for line in lines if line.split()[:1] == ["1,024"])
     assert row.split() == ["1,024", "0.7500", "0.0300", "0.2500"]
 

@@ -229,3 +229,18 @@ def test_type_must_match_too():
 def test_no_entity_predicted_is_zero_without_a_warning(recwarn):
     assert measure([["B-x", "O"]], [["O", "O"]], ("f1",)) == {"f1": 0.0}
     assert not [w for w in recwarn if "ill-defined" in str(w.message)]
+
+
+@pytest.mark.parametrize("metric", ["f1", "precision", "recall", "accuracy"])
+def test_rows_drawn_again_are_scored_as_if_measured_anew(metric):
+    names = ("O", "B-x", "I-x", "B-y", "I-y")
+    rng = np.random.default_rng(0)
+    labels = rng.integers(-1, 5, (40, 12))
+    labels[labels == -1] = -100
+    logits = rng.normal(0, 1, (40, 12, 5)) + 2 * np.eye(5)[labels.clip(0)]
+    output = EvalPrediction(predictions=logits, label_ids=labels)
+    task = Tagging("t", ("tokens",), "tags", names, (metric,))
+    score = task.score_rows(output)
+    for draw in (np.arange(40), rng.integers(40, size=40), np.array([3, 3, 7])):
+        anew = task.measure(EvalPrediction(predictions=logits[draw], label_ids=labels[draw]))
+        assert score(draw) == pytest.approx(anew[metric])

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
     from rankwise.adapter import Adapter
-    from rankwise.choose import Curve
+    from rankwise.choose import Curve, ScoreRows
     from rankwise.plan import RankPlan
 
 AnyMethod = TypeVar("AnyMethod", bound="Method")
@@ -48,6 +48,7 @@ class Setting:
         task_type: PEFT's.
         metric: what sizes are compared by, as `compute_metrics` names it, or "loss".
         greater_is_better: its direction.
+        score_rows: see `choose.measure_sizes`.
         options: for Trainer: `data_collator`, `compute_metrics`, `callbacks`, ...
         provenance: where a plan that comes of it is from, as JSON holds it.
         configuration: what a checkpoint has to agree with to be resumed.
@@ -59,6 +60,7 @@ class Setting:
     task_type: str | None = None
     metric: str = "loss"
     greater_is_better: bool = False
+    score_rows: "ScoreRows | None" = None
     options: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     configuration: Mapping[str, Any] = field(default_factory=dict)

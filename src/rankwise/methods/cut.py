@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from rankwise.rows import TwoSets
 
 NOTHING = (
-    ". But no row tells any size from another: the training has learned nothing, or the rows are "
-    "too few, and this says nothing of sizes"
+    "no row tells any size from another: the training has learned nothing, or the rows are too "
+    "few. So no size is called as good, and without a budget all pieces are kept; train longer, or "
+    "at a higher learning rate"
 )
 LEAST_ROWS = 64  # half of them order, half judge
 LEAST_BATCHES = 32  # for the spread of a loss that is known by batch alone
@@ -119,18 +120,21 @@ class CutByData(LoraMethod):
         )
         cuts = self.cuts(ordered)
         found = _measured(trainer, cuts, rows.validation, setting)
-        if self.budget is None:
-            small = cuts[smallest_as_good(found, self.margin)]
-        else:
-            small = ordered.cut(self.budget)
-        kept = replace(small.as_plan(plan.scaling), r=self.r)
         alike = len(set(found.values)) == 1 and not any(found.difference_errors)
+        if self.budget is not None:
+            small = ordered.cut(self.budget)
+        else:
+            small = cuts[max(cuts) if alike else smallest_as_good(found, self.margin)]
+        kept = replace(small.as_plan(plan.scaling), r=self.r)
+        margin = default_margin(found) if self.margin is None else self.margin
         figures = {
-            "margin": default_margin(found) if self.margin is None else self.margin,
+            "margin": margin,
             "learned_nothing": alike,  # as far as these rows can tell
             "order_rows": len(rows.train),
             "picked_by": "as good" if self.budget is None else "budget",
-            "choice": _said(found, kept, ordered, asked=self.budget is not None) + NOTHING * alike,
+            "choice": NOTHING
+            if alike
+            else _said(found, kept, ordered, margin, asked=self.budget is not None),
         }
         return Kept(kept, found, figures, found=(ordered, small))
 
@@ -190,13 +194,14 @@ def _measured(trainer: Any, cuts: "Mapping[int, Adapter]", rows: Any, setting: S
             unit="parameters",
             metric=setting.metric,
             greater_is_better=setting.greater_is_better,
+            score_rows=setting.score_rows,
         )
     finally:
         trainer.args = args
         write(model, whole)
 
 
-def _said(found: "Curve", plan: "RankPlan", ordered: "Ordered", asked: bool) -> str:
+def _said(found: "Curve", plan: "RankPlan", ordered: "Ordered", margin: float, asked: bool) -> str:
     """The verdict in words; of a size that was asked for, the figures without a verdict."""
     ranks, modules = plan.ranks.values(), len(ordered.order.pieces)
     low_rank = 0 if len(ranks) < modules else min(ranks)
@@ -210,11 +215,15 @@ def _said(found: "Curve", plan: "RankPlan", ordered: "Ordered", asked: bool) -> 
     _, low, high = found.difference(plan.parameters)
     if not found.greater_is_better:  # the difference of the two values as they stand there
         low, high = 0.0 - high, 0.0 - low
+    rows = f"{found.rows:,} held-out rows"
     if i == len(found.sizes) - 1 and not asked:
-        return f"{size}: no smaller size could be shown to be as good on {found.rows:,} rows"
-    verdict = ", as asked for" if asked else " are as good as all"
+        return (
+            f"{size}: no smaller size could be shown to lose at most {margin:.4f} of "
+            f"{found.metric} on {rows}"
+        )
+    verdict = ", as asked for" if asked else f" are as good as all, to a margin of {margin:.4f}"
     return (
         f"{size}{verdict}: {found.metric} {found.values[i]:.4f} against "
         f"{found.values[-1]:.4f}, paired 95 % interval of the difference {low:+.4f} to "
-        f"{high:+.4f} on {found.rows:,} rows"
+        f"{high:+.4f} on {rows}"
     )

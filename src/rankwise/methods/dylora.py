@@ -273,6 +273,7 @@ class DyLoRA(LoraMethod):
             setting.held_out,
             metric=setting.metric,
             greater_is_better=setting.greater_is_better,
+            score_rows=setting.score_rows,
         )
         figures: dict[str, Any] = {}
         nested: RankPlan = trainer.plan

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rankwise.choose import Curve
+from rankwise.choose import Curve, interval
 from rankwise.result import Result
 from rankwise.tasks.metrics import find_metric
 
@@ -57,7 +57,7 @@ def print_curve(curve: Curve, console: Console | None = None) -> None:
         console: standard output where None.
     """
     one = "rank" if curve.unit == "rank" else "size"
-    table = _table(title=f"every {one}, {curve.rows:,} validation rows")
+    table = _table(title=f"every {one}, on {curve.rows:,} held-out rows")
     table.add_column(curve.unit, justify="right")
     others = [name for name in curve.metrics[0] if name != curve.metric]
     for name in (curve.metric, "± s.e.", *others):
@@ -75,7 +75,11 @@ def print_cuts(cuts: Mapping[str, Any], console: Console | None = None) -> None:
         cuts: `rankwise.adapter.ModuleCut` by module.
         console: standard output where None.
     """
-    table = _table()
+    table = _table(
+        caption="lost: the part of the module's update that is gone, ‖ΔW − new ΔW‖ / ‖ΔW‖; it can "
+        "pass 100 % where what stays makes up for other modules",
+        caption_justify="left",
+    )
     for header in ("module", "rank before", "rank", "lost"):
         table.add_column(header, justify="left" if header == "module" else "right")
     for name, cut in cuts.items():
@@ -123,10 +127,34 @@ def verdict(ours: Result, controls: Sequence[Result]) -> str:
         gain = sign * (ours.metrics[metric] - control.metrics[metric])
         if gain != gain:
             lines.append(f"{control.name}: {metric} is not a number, which says nothing.")
+            continue
+        width = _width(ours, control)
+        paired = "" if width is None else f" ({_interval(gain, width)})"
+        if width is not None and abs(gain) <= width:
+            lines.append(
+                f"{ours.name} and {control.name} cannot be told apart in {metric}{paired}: {claim} "
+                "neither helped nor hurt that these rows could tell."
+            )
         elif gain > 0:
-            lines.append(f"{ours.name} beat {control.name} by {gain:.4f} in {metric}.")
+            lines.append(f"{ours.name} beat {control.name} by {gain:.4f} in {metric}{paired}.")
         else:
             how = "as well" if gain == 0 else f"better by {-gain:.4f}"
-            lines.append(f"{control.name} did {how} in {metric}: {claim} did not help here.")
-    spread = "One seed is one draw: repeat with other --seed values before believing a difference."
+            lines.append(
+                f"{control.name} did {how} in {metric}{paired}: {claim} did not help here."
+            )
+    spread = (
+        "An interval is over rows, of one training each: repeat with other --seed values before "
+        "believing a difference."
+    )
     return "\n".join([*lines, spread])
+
+
+def _width(ours: Result, control: Result) -> float | None:
+    """Half the paired interval of their difference; None where rows were not resampled."""
+    if not ours.resampled or len(ours.resampled) != len(control.resampled):
+        return None
+    return interval(ours.resampled, control.resampled)
+
+
+def _interval(gain: float, width: float) -> str:
+    return f"paired 95 % interval of the gain {gain - width:+.4f} to {gain + width:+.4f}"

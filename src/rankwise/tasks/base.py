@@ -13,6 +13,7 @@ from rankwise.tasks.checks import Rows, check_texts
 from rankwise.tasks.metrics import find_metric
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from datasets import Dataset, Features
     from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
@@ -229,6 +230,20 @@ class Task(ABC):
     @abstractmethod
     def measure(self, output: EvalPrediction) -> dict[str, float]:
         """The task's metrics of what the model gave for a whole split."""
+
+    def score_rows(self, output: EvalPrediction) -> Callable[[np.ndarray], float]:
+        """The main metric of any choice of the rows, given their indices; a kind may be quicker."""
+        from transformers import EvalPrediction
+
+        from rankwise.choose import take_rows
+
+        def score(rows: np.ndarray) -> float:
+            sample = EvalPrediction(
+                take_rows(output.predictions, rows), take_rows(output.label_ids, rows)
+            )
+            return self.measure(sample)[self.main_metric]
+
+        return score
 
     @property
     def preprocess_logits(self) -> Callable[[Any, torch.Tensor], torch.Tensor] | None:

@@ -12,6 +12,7 @@ from rankwise.tasks.checks import Rows, check_column
 from rankwise.tasks.metrics import first_output
 
 if TYPE_CHECKING:
+    import numpy as np
     from datasets import Dataset, Features
     from transformers import EvalPrediction, PreTrainedTokenizerBase
 
@@ -118,6 +119,32 @@ class Tagging(Task):
 
         return DataCollatorForTokenClassification(tokenizer)
 
+    def score_rows(self, output: EvalPrediction) -> Callable[[np.ndarray], float]:
+        """As in Task. Entities are counted once a row, not once a resample: 100 times quicker."""
+        if self.main_metric not in ("f1", "precision", "recall"):
+            return super().score_rows(output)
+        import numpy as np
+        from seqeval.metrics.sequence_labeling import get_entities
+
+        true, guess = ([set(get_entities(row)) for row in rows] for rows in self._tags(output))
+        both = np.array([len(t & g) for t, g in zip(true, guess, strict=True)])
+        there, found = np.array([len(t) for t in true]), np.array([len(g) for g in guess])
+        of = {"f1": (there + found) / 2, "precision": found, "recall": there}[self.main_metric]
+
+        def score(rows: np.ndarray) -> float:
+            return float(both[rows].sum() / max(of[rows].sum(), 1e-9))
+
+        return score
+
+    def _tags(self, output: EvalPrediction) -> tuple[list[list[str]], list[list[str]]]:
+        """The names of the true and the predicted tags, of the tokens that count."""
+        names = self.label_names or ()
+        predicted = first_output(output).argmax(axis=-1)
+        kept = output.label_ids != IGNORED
+        true = [[names[n] for n in row[k]] for row, k in zip(output.label_ids, kept, strict=True)]
+        guess = [[names[n] for n in row[k]] for row, k in zip(predicted, kept, strict=True)]
+        return true, guess
+
     def measure(self, output: EvalPrediction) -> dict[str, float]:
         """f1, precision and recall of whole entities (exact span and type), accuracy of tokens.
 
@@ -130,11 +157,8 @@ class Tagging(Task):
             "precision": precision_score,
             "recall": recall_score,
         }
-        names = self.label_names or ()
-        predicted = first_output(output).argmax(axis=-1)
-        kept = output.label_ids != IGNORED
-        true = [[names[n] for n in row[k]] for row, k in zip(output.label_ids, kept, strict=True)]
-        guess = [[names[n] for n in row[k]] for row, k in zip(predicted, kept, strict=True)]
+        predicted, kept = first_output(output).argmax(axis=-1), output.label_ids != IGNORED
+        true, guess = self._tags(output)
         accuracy = float((predicted == output.label_ids)[kept].mean()) if kept.any() else 0.0
         return {
             name: accuracy
