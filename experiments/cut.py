@@ -1,37 +1,48 @@
-"""Ways to cut one trained LoRA to a size: the same adapter, the same rows, the same measure.
+"""Ways to a small adapter: one trained LoRA cut by every order, and the ways that train for it.
 
     python experiments/cut.py --data_dir DATA --model MODEL [--only sst2 stsb] [--seeds 0 1 2]
 
 DATA holds one folder per task (`sst2/train.jsonl`, `sst2/validation.jsonl`, ...). For each task and
-seed LoRA of rank 8 is trained on all linear layers, once. Every order then cuts that adapter to
-1/4, 1/8, ... 1/64 of its parameters, and the cuts are measured on the official validation rows,
-which no order has seen; 400 training rows, which the training has not seen, are what the orders by
-data see. Beside them LoRA trained from scratch at rank 1 of all linear layers (1/8 of the
-parameters) and of query and value (about 1/36), for as many steps.
+seed LoRA of rank 8 is trained on all linear layers, once, and kept in --adapters. Every order then
+cuts that adapter to 1/4, 1/8, ... 1/64 of its parameters, and the cuts are measured on the official
+validation rows, which no order has seen; 400 training rows, which the training has not seen, are
+what the orders by data see. Beside them:
+
+- from scratch: rank 1 of all linear layers (1/8 of the parameters) and of query and value (about
+  1/36), and AdaLoRA from 2 pieces a module to 1, each for as many steps;
+- healed: the cut trained on, for a tenth of the steps;
+- half-way: half of the steps at rank 8, the order and the cut, the other half at the cut's ranks.
 
 One JSON file a task and seed in experiments/results/cut/; files that are there are skipped, arms
-that a file lacks are added, so that the grid can be stopped and started again. `--tune` instead
-writes the learning-rate sweep that the rates below come from, judged on those 400 rows.
+that a file lacks are added, so that the grid can be stopped and started again. Learning rates are
+the best in the files that `--tune` writes, judged on those 400 rows, one seed; an arm without such
+a file takes that of LoRA at rank 8.
 """
 
 import argparse
 import json
+import re
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import grid
 import torch
-from transformers import TrainingArguments
+from datasets import disable_progress_bars
+from peft import PeftModel
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from rankwise import Adapter, tasks
+from rankwise.errors import DivergedError
 from rankwise.files import write_json
 from rankwise.job import Job, Source, evaluate, load_job
 from rankwise.lora import swap_adapter
-from rankwise.methods import LoRA, Setting
+from rankwise.methods import AdaLoRA, LoRA, Setting
+from rankwise.methods.base import LoraMethod
 from rankwise.orders import (
     Ordered,
     at_random,
@@ -41,18 +52,24 @@ from rankwise.orders import (
     by_rank,
     by_sigma,
 )
-from rankwise.rows import hold_out
-from rankwise.trainer import run_training
+from rankwise.rows import TwoSets, hold_out
+from rankwise.trainer import FiniteTrainer, replaced, run_training
 
 RESULTS = Path(__file__).parent / "results" / "cut"
 SIZES = (4, 8, 16, 32, 64)
 ORDER_ROWS = 400
-RATES = (3e-4, 1e-3, 3e-3)
-# From scratch: the flags of LoRA, by the name of the arm.
-SCRATCH = {
+RATES = (1e-3, 3e-3, 1e-2)
+WHOLE = "all pieces"
+# From scratch: the method, by the name of the arm.
+SCRATCH: dict[str, LoRA | AdaLoRA] = {
     "all linear, r=1": LoRA(r=1, lora_alpha=2),
     "query and value, r=1": LoRA(r=1, lora_alpha=2, target_modules=None),
+    "AdaLoRA": AdaLoRA(r=2, lora_alpha=4, target_r=1),
 }
+# Orders whose cuts are trained on, for this share of the steps.
+HEALED = {"by data, healed": "by data", "one threshold on σ, healed": "one threshold on σ"}
+HEAL_SHARE, HEALED_SIZES = 0.1, (8, 16, 32, 64)
+HALFWAY, HALFWAY_SIZES = "by data, half-way", (8, 32)
 
 
 @dataclass(frozen=True)
@@ -60,7 +77,6 @@ class Recipe:
     """What differs between tasks."""
 
     task: str
-    learning_rate: float = 1e-3
     epochs: float = 2.0
     rows: int = 4000
     evaluation_rows: int = 1000
@@ -68,30 +84,32 @@ class Recipe:
 
 GRID = {
     "sst2": Recipe("glue/sst2"),
-    "stsb": Recipe("glue/stsb", learning_rate=3e-4),
-    "qnli": Recipe("glue/qnli"),
-    "mrpc": Recipe("glue/mrpc", epochs=3),
+    "stsb": Recipe("glue/stsb"),
     "cola": Recipe("glue/cola", epochs=3),
-    "jnlpba": Recipe("jnlpba"),
+    "mrpc": Recipe("glue/mrpc", epochs=3),
+    "qnli": Recipe("glue/qnli", evaluation_rows=500),
+    "jnlpba": Recipe("jnlpba", evaluation_rows=500),
 }
 
 
 def main() -> None:
     parser = grid.flags(__doc__, GRID)
     parser.add_argument("--tune", action="store_true", help="sweep the learning rate instead")
+    parser.add_argument("--arms", nargs="*", help="these alone (of a sweep: methods from scratch)")
+    parser.add_argument("--adapters", type=Path, default=Path("runs/cut"), help="trained ones")
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    disable_progress_bars()
     for seed in args.seeds:
         for name in args.only:
-            if not args.tune:
-                fill(RESULTS / f"{name}-seed{seed}.json", GRID[name], seed, args)
-            for rate in RATES if args.tune else ():
-                recipe = replace(GRID[name], learning_rate=rate)
-                tune(RESULTS / "tune" / f"{name}-seed{seed}-lr{rate:g}.json", recipe, seed, args)
+            if args.tune:
+                tune(name, seed, args)
+            else:
+                fill(name, seed, args)
 
 
-def load(recipe: Recipe, seed: int, args: argparse.Namespace) -> Job:
+def load(recipe: Recipe, seed: int, rate: float, args: argparse.Namespace) -> Job:
     folder = args.data_dir / recipe.task.removeprefix("glue/")
     task = tasks.load_task(
         recipe.task,
@@ -103,7 +121,7 @@ def load(recipe: Recipe, seed: int, args: argparse.Namespace) -> Job:
     )
     training = TrainingArguments(
         output_dir=tempfile.gettempdir(),
-        learning_rate=recipe.learning_rate,
+        learning_rate=rate,
         num_train_epochs=recipe.epochs,
         per_device_train_batch_size=32,
         per_device_eval_batch_size=64,
@@ -120,40 +138,86 @@ def load(recipe: Recipe, seed: int, args: argparse.Namespace) -> Job:
     return load_job(task, Source(args.model), training, command="experiments/cut.py")
 
 
-def trained(job: Job, method: LoRA) -> tuple[Any, Any]:
-    """The trainer of a method after training, and the rows that orders may see."""
-    rows = hold_out(job.train_rows, ORDER_ROWS, job.args.seed)
-    setting = Setting(
-        rows.train, rows.validation, job.args, job.task.task_type, options=job.options()
-    )
+def two_sets(job: Job) -> TwoSets:
+    """The rows that are trained on, and those that orders and rates are chosen on."""
+    return hold_out(job.train_rows, ORDER_ROWS, job.args.seed)
+
+
+def trained(job: Job, method: LoraMethod, callbacks: Sequence[TrainerCallback] = ()) -> Trainer:
+    """A method's trainer after training; of AdaLoRA's, with the plain LoRA that is left."""
+    rows = two_sets(job)
+    options = job.options() | {"callbacks": list(callbacks)}
+    setting = Setting(rows.train, rows.validation, job.args, job.task.task_type, options=options)
     base = job.fresh_model()
     plan = method.start(base, setting)
     trainer = method.trainer(method.attach(base, plan, setting), plan, setting)
     run_training(trainer, None)
-    return trainer, rows.validation
+    with tempfile.TemporaryDirectory() as folder:
+        method.hand_over(trainer, method.keep(trainer, plan, setting), Path(folder))
+    return trainer
 
 
-def tune(target: Path, recipe: Recipe, seed: int, args: argparse.Namespace) -> None:
-    """LoRA of rank 8 at one rate, on the rows that the orders would see."""
-    if target.exists():
-        return
-    job = load(recipe, seed, args)
-    trainer, held_out = trained(job, LoRA())
-    found = evaluate(replace(job, evaluation=held_out), trainer)
-    write_json(target, {"recipe": asdict(recipe), "seed": seed, "held_out": found})
-    print(target.stem, found, flush=True)
+def trained_on(job: Job, folder: Path, steps: int, rate: float) -> Trainer:
+    """The trainer of an adapter on disk after more steps, warmed up anew and down to zero."""
+    model = PeftModel.from_pretrained(job.fresh_model(), str(folder), is_trainable=True)
+    args = replaced(job.args, max_steps=steps, learning_rate=rate)
+    trainer = FiniteTrainer(model, args, train_dataset=two_sets(job).train, **job.options())
+    run_training(trainer, None)
+    return trainer
 
 
-def fill(target: Path, recipe: Recipe, seed: int, args: argparse.Namespace) -> None:
+def tune(name: str, seed: int, args: argparse.Namespace) -> None:
+    """One method at every rate, on the rows that the orders would see."""
+    methods: dict[str, LoraMethod] = {WHOLE: LoRA(), **SCRATCH}
+    for arm in args.arms or [WHOLE]:
+        for rate in RATES[:2] if arm == WHOLE else RATES:
+            target = tuned(name, arm, seed, rate)
+            if target.exists():
+                continue
+            job = load(GRID[name], seed, rate, args)
+            judged = replace(job, evaluation=two_sets(job).validation)
+            found = {"arm": arm, "learning_rate": rate, "recipe": asdict(GRID[name]), "seed": seed}
+            found |= {"metrics": job.task.metrics}
+            try:
+                found["held_out"] = evaluate(judged, trained(job, methods[arm]))
+            except DivergedError as error:
+                found["diverged"] = str(error)
+            write_json(target, found)
+            print(target.stem, found.get("held_out", "diverged"), flush=True)
+
+
+def tuned(name: str, arm: str, seed: int, rate: float) -> Path:
+    slug = re.sub(r"[^a-z0-9]+", "-", arm.lower()).strip("-")
+    return RESULTS / "tune" / f"{name}-{slug}-seed{seed}-lr{rate:g}.json"
+
+
+def best_rate(name: str, arm: str) -> float:
+    """The rate with the best metric in the files of the sweep, seed 0."""
+    found = {}
+    for rate in RATES:
+        path = tuned(name, arm, 0, rate)
+        run = json.loads(path.read_text()) if path.exists() else {}
+        if "held_out" in run:
+            found[rate] = run["held_out"][run["metrics"][0]]
+    if found:
+        return max(found, key=lambda rate: found[rate])
+    if arm == WHOLE:
+        raise SystemExit(f"no sweep of {name}; run --tune --only {name} --seeds 0")
+    return best_rate(name, WHOLE)
+
+
+def fill(name: str, seed: int, args: argparse.Namespace) -> None:
     """Adds the arms that a task's result file lacks."""
+    target, recipe = RESULTS / f"{name}-seed{seed}.json", GRID[name]
     found: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
-    if found and found["recipe"] != asdict(recipe):
-        raise SystemExit(f"{target} was run with another recipe: {found['recipe']}; move it away")
-    arms = found.get("arms", {})
-    missing = [name for name in (*ORDERS, *SCRATCH) if name not in arms]
+    rates = {arm: best_rate(name, arm) for arm in (WHOLE, *SCRATCH)}
+    if found and (found["recipe"] != asdict(recipe) or found["rates"][WHOLE] != rates[WHOLE]):
+        raise SystemExit(f"{target} was run otherwise: {found['recipe']}; move it away")
+    wanted = args.arms or [*ORDERS, *SCRATCH, *HEALED, HALFWAY]
+    missing = [arm for arm in wanted if arm not in found.get("arms", {})]
     if not missing:
         return
-    job = load(recipe, seed, args)
+    job = load(recipe, seed, rates[WHOLE], args)
     found = found or {
         "task": job.task.describe(),
         "recipe": asdict(recipe),
@@ -163,29 +227,95 @@ def fill(target: Path, recipe: Recipe, seed: int, args: argparse.Namespace) -> N
         "train_rows": len(job.train_rows) - ORDER_ROWS,
         "order_rows": ORDER_ROWS,
         "evaluation_rows": len(job.evaluation),
+        "rates": rates,
         "arms": {},
     }
-    if any(name in ORDERS for name in missing):
-        trainer, held_out = trained(job, LoRA())
+    folder = args.adapters / f"{name}-seed{seed}-lr{rates[WHOLE]:g}"
+    if WHOLE not in found["arms"]:
+        trainer = trained(job, LoRA())
         found["steps"] = trainer.state.global_step
-        with tempfile.TemporaryDirectory() as folder:
+        found["arms"][WHOLE] = evaluate(job, trainer)
+        if not folder.exists():
             trainer.model.save_pretrained(folder)
-            whole = Adapter.load(folder)
-        found["parameters"] = whole.parameters
-        found["arms"]["all pieces"] = evaluate(job, trainer)
-        batches = list(trainer.get_eval_dataloader(held_out))
-        for name in ORDERS:
-            if name in missing:
-                found["arms"][name] = cuts(name, trainer, whole, batches, job)
-                write_json(target, found)
-                print(target.stem, name, {k: v["loss"] for k, v in found["arms"][name].items()})
-    for name in SCRATCH:
-        if name in missing:
-            trainer, _ = trained(job, SCRATCH[name])
-            size = sum(p.numel() for n, p in trainer.model.named_parameters() if "lora_" in n)
-            found["arms"][name] = {"parameters": size, **evaluate(job, trainer)}
-            write_json(target, found)
-            print(target.stem, name, found["arms"][name], flush=True)
+    for arm in missing:
+        started = time.process_time()
+        found["arms"][arm] = run_arm(arm, job, folder, found)
+        write_json(target, found)
+        print(target.stem, arm, f"{time.process_time() - started:.0f} s", flush=True)
+
+
+def run_arm(arm: str, job: Job, folder: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """The metrics of one arm; by the size's denominator where it is cut to several."""
+    if arm in SCRATCH:
+        rate = found["rates"][arm] = best_rate(Path(folder).name.partition("-seed")[0], arm)
+        trainer = trained(replace(job, args=replaced(job.args, learning_rate=rate)), SCRATCH[arm])
+        size = sum(p.numel() for n, p in trainer.model.named_parameters() if "lora_" in n)
+        return {"parameters": size, **evaluate(job, trainer)}
+    if arm in HEALED:
+        return healed(HEALED[arm], job, folder, found["steps"])
+    return halfway(job, found["steps"]) if arm == HALFWAY else cuts(arm, job, folder)
+
+
+def loaded(job: Job, folder: Path) -> Trainer:
+    """A trainer of the adapter in a folder, to look at it and to measure it."""
+    model = PeftModel.from_pretrained(job.fresh_model(), str(folder))
+    return FiniteTrainer(model, job.args, **job.options())
+
+
+def ordered(name: str, job: Job, trainer: Trainer, whole: Adapter) -> Ordered:
+    batches = list(trainer.get_eval_dataloader(two_sets(job).validation))
+    return Ordered(whole, ORDERS[name](trainer.model, whole, batches, job.args.seed))
+
+
+def cuts(name: str, job: Job, folder: Path) -> dict[str, Any]:
+    """An order's cuts to every size."""
+    trainer, found = loaded(job, folder), {}
+    by = ordered(name, job, trainer, Adapter.load(folder))
+    with tempfile.TemporaryDirectory() as scratch:
+        for size in SIZES:
+            small = by.cut(by.adapter.parameters // size)
+            small.save(Path(scratch) / f"{size}")
+            swap_adapter(trainer, Path(scratch) / f"{size}")
+            found[str(size)] = {"parameters": small.parameters, **evaluate(job, trainer)}
+    return found
+
+
+def healed(name: str, job: Job, folder: Path, steps: int) -> dict[str, Any]:
+    """An order's cuts, each trained on for a share of the steps, at the rate of the training."""
+    by, found = ordered(name, job, loaded(job, folder), Adapter.load(folder)), {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for size in HEALED_SIZES:
+            small = by.cut(by.adapter.parameters // size)
+            small.save(cut := Path(scratch) / f"{size}")
+            trainer = trained_on(job, cut, round(steps * HEAL_SHARE), job.args.learning_rate)
+            found[str(size)] = {"parameters": small.parameters, **evaluate(job, trainer)}
+    return found
+
+
+class StopAt(TrainerCallback):
+    """Ends a training in the middle of its schedule."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        control.should_training_stop = state.global_step >= self.step
+        return control
+
+
+def halfway(job: Job, steps: int) -> dict[str, Any]:
+    """Cut in the middle of the training; the second half starts at half the rate, as the first
+    ended."""
+    trainer, found = trained(job, LoRA(), [StopAt(steps // 2)]), {}
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer.model.save_pretrained(f"{scratch}/whole")
+        by = ordered("by data", job, trainer, Adapter.load(f"{scratch}/whole"))
+        for size in HALFWAY_SIZES:
+            small = by.cut(by.adapter.parameters // size)
+            small.save(cut := Path(scratch) / f"{size}")
+            after = trained_on(job, cut, steps - steps // 2, job.args.learning_rate / 2)
+            found[str(size)] = {"parameters": small.parameters, **evaluate(job, after)}
+    return found
 
 
 Model = Any
@@ -203,21 +333,6 @@ ORDERS: dict[str, Callable[[Model, Adapter, list[Any], int], Any]] = {
     "by data": lambda model, whole, batches, seed: by_data(model, batches, seed=seed),
     "random": lambda model, whole, batches, seed: at_random(whole.factors(), seed),
 }
-
-
-def cuts(name: str, trainer: Any, whole: Adapter, batches: list[Any], job: Job) -> dict[str, Any]:
-    """The metrics of an order's cuts, by the size's denominator."""
-    with tempfile.TemporaryDirectory() as folder:
-        whole.save(Path(folder) / "whole")
-        swap_adapter(trainer, Path(folder) / "whole")
-        order = ORDERS[name](trainer.model, whole, batches, job.args.seed)
-        found = {}
-        for size in SIZES:
-            small = Ordered(whole, order).cut(whole.parameters // size)
-            small.save(Path(folder) / f"{size}")
-            swap_adapter(trainer, Path(folder) / f"{size}")
-            found[str(size)] = {"parameters": small.parameters, **evaluate(job, trainer)}
-    return found
 
 
 if __name__ == "__main__":

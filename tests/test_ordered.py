@@ -216,6 +216,18 @@ def test_rows_that_cannot_order_are_refused_in_one_line():
     refused(DataError, lambda: rankwise.order(adapted(lm), ignored), "label", "-100")
 
 
+def test_single_rows_and_odd_sizes_are_refused_in_one_line():
+    of = family("bert-classification")
+    model = get_peft_model(of.model(), LoraConfig(r=2, target_modules="all-linear"))
+    with pytest.raises(DataError, match="takes batches of tensors"):
+        rankwise.order(model, rows(of))
+    ordered = rankwise.order(model, [rows(of, 40).with_format("torch")[:]])
+    for size in ({"budget": "900"}, {"rank": 1.5}, {"keep": "all"}, {"rank": True}):
+        with pytest.raises(AdapterError, match=r"it has to be an integer|it is a share"):
+            ordered.cut(**size)
+    assert len(repr(ordered)) < 200
+
+
 def test_a_model_that_has_diverged_is_refused_and_left_as_it_was():
     model = adapted(CASES[0])
     with torch.no_grad():

@@ -117,6 +117,13 @@ class Adapter:
     cuts: dict[str, ModuleCut] = field(default_factory=dict)
     how: str = ""
 
+    def __repr__(self) -> str:
+        ranks = [f.rank for f in self.factors().values()]
+        return (
+            f"Adapter({len(ranks)} modules, rank {min(ranks)} to {max(ranks)}, "
+            f"{self.parameters:,} parameters)"
+        )
+
     @classmethod
     def load(cls, folder: str | Path) -> "Adapter":
         """Reads the adapter in a folder.

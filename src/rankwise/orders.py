@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,13 @@ class Order:
                 "not the same ones; make the order anew"
             )
 
+    def __repr__(self) -> str:
+        how = self.provenance.get("order", "given")
+        return (
+            f"Order({len(self.sequence)} pieces of {len(self.pieces)} modules, "
+            f"{self.parameters:,} parameters, by {how})"
+        )
+
     @property
     def parameters(self) -> int:
         """Parameters of all pieces."""
@@ -92,12 +100,18 @@ class Order:
         """
         if sum(x is not None for x in (budget, keep, rank)) != 1:
             raise AdapterError("give one of budget, keep and rank")
+        for name, value in (("budget", budget), ("rank", rank)):
+            if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
+                raise AdapterError(f"{name} is {value!r}; it has to be an integer")
         if rank is not None:
-            if rank < 1:
-                raise AdapterError(f"rank is {rank}; it has to be at least 1")
+            most = max(f.rank for f in self.pieces.values())
+            if not 1 <= rank <= most:
+                raise AdapterError(
+                    f"rank is {rank}; the adapter has ranks up to {most}, give 1 to that"
+                )
             return tuple(_first_of_each(self.sequence, rank))
-        if keep is not None and not 0 < keep <= 1:
-            raise AdapterError(f"keep is {keep}; it is a share, above 0 and at most 1")
+        if keep is not None and (not isinstance(keep, Real) or not 0 < keep <= 1):
+            raise AdapterError(f"keep is {keep!r}; it is a share, above 0 and at most 1")
         limit = budget if budget is not None else math.floor(self.parameters * (keep or 0) + 1e-6)
         kept, spent = [], 0
         for name, j in self.sequence:
@@ -186,6 +200,10 @@ class Order:
                 for key, tensor in tensors.items()
                 if re.fullmatch(r"gates\.[0-9]+", key)
             }
+            if odd := [n for n, along in gates.items() if len(along) != n]:
+                raise ValueError(f"the gates of {odd[0]} pieces are {len(gates[odd[0]])}")
+            if odd := [n for n, f in pieces.items() if f.a.shape[0] != f.b.shape[1]]:
+                raise ValueError(f"the halves of {odd[0]!r} are of two ranks")
             return cls(pieces, sequence, raw["provenance"], gates)
         except (
             OSError,
@@ -640,7 +658,16 @@ def padded(f: Factors | None, like: Factors) -> Factors:
 def _enough(batches: Iterable[Batch]) -> list[Batch]:
     """The batches as a list, since several passes see them; refused if there are too few rows."""
     found = list(batches)
-    rows = sum(len(next(iter(batch.values()))) for batch in found)
+    for batch in found[:1]:
+        if not isinstance(batch, Mapping) or not any(
+            isinstance(value, Tensor) for value in batch.values()
+        ):
+            raise DataError(
+                "order takes batches of tensors, as the model takes them, and these are single "
+                "rows; give DataLoader(rows, batch_size=16, collate_fn=...)"
+            )
+    tensors = [next(v for v in batch.values() if isinstance(v, Tensor)) for batch in found]
+    rows = sum(map(len, tensors))
     if rows < LEAST_ROWS:
         raise DataError(
             f"{rows} rows are too few to order by: at least {LEAST_ROWS} are needed, and a few "
@@ -685,7 +712,8 @@ class Ordered:
         Raises:
             AdapterError: not one of the three, out of range, or too small for the first piece.
         """
-        if budget is not None and budget > (most := self.adapter.parameters):
+        most = self.adapter.parameters
+        if isinstance(budget, Integral) and budget > most:
             raise AdapterError(
                 f"budget is {budget}; the adapter has {most} parameters, give no more"
             )

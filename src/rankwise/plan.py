@@ -80,6 +80,13 @@ class RankPlan:
     def __post_init__(self) -> None:
         _validate(self)
 
+    def __repr__(self) -> str:
+        ranks = self.ranks.values()
+        return (
+            f"RankPlan({len(ranks)} modules, rank {min(ranks)} to {max(ranks)} of {self.r}, "
+            f"{self.parameters:,} parameters)"
+        )
+
     @property
     def ranks(self) -> dict[str, int]:
         """Rank by entry name."""

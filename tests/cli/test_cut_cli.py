@@ -1,6 +1,7 @@
 """`rankwise cut` on a run that kept an order: any size without model, data, PEFT, transformers."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -90,14 +91,13 @@ def test_no_library_of_models_or_data_is_imported(finished, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--energy", "0.9"], ["an ordered adapter takes --budget, --keep or --rank"]),
-        (["--plan", "plan.json"], ["an ordered adapter takes"]),
-        (["--rank", "2", "--svd"], ["an ordered adapter takes"]),
+        (["--plan", "plan.json"], ["was ordered and takes --budget, --keep or --rank"]),
         (["--budget", "3"], ["3 parameters hold no piece"]),
         (["--budget", "1000000"], ["budget is 1000000; the adapter has"]),
         (["--keep", "1.5"], ["keep is 1.5"]),
         (["--keep", "nan"], ["keep is nan"]),
-        (["--rank", "0"], ["rank is 0; it has to be at least 1"]),
+        (["--rank", "0"], ["rank is 0; the adapter has ranks up to"]),
+        (["--rank", "99"], ["rank is 99; the adapter has ranks up to"]),
         (["--rank", "2", "--keep", "0.5"], ["--rank and --keep"]),
         ([], ["got none"]),
     ],
@@ -107,6 +107,22 @@ def test_what_an_order_cannot_give_is_refused_in_one_line(finished, tmp_path, ca
     out = tmp_path / "cut"
     refused(capsys, ["cut", "--adapter", str(finished), *flags, "--output_dir", str(out)], *words)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "cut"), [(["--energy", "0.9"], {"energy": 0.9}), (["--rank", "1", "--svd"], {"r": 1})]
+)
+def test_an_ordered_adapter_can_be_cut_by_singular_values_too(finished, tmp_path, flags, cut):
+    main(["cut", "--adapter", str(finished), *flags, "--output_dir", str(tmp_path / "cut")])
+    assert same(tmp_path / "cut", Adapter.load(finished / "ordered").truncate_svd(**cut))
+
+
+def test_a_second_cut_says_that_it_is_one(finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "ordered")
+    main(["cut", "--adapter", str(run), "--rank", "1", "--output_dir", str(tmp_path / "cut")])
+    assert "which was cut before" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_damaged_order_is_refused_in_one_line(finished, tmp_path, capsys):

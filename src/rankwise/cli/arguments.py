@@ -120,7 +120,7 @@ class CutArguments:
     budget: int | None = flag(None, "at most so many LoRA parameters in all")
     keep: float | None = flag(None, "at most this share of the LoRA parameters")
     plan: str | None = flag(None, "plan.json with the ranks of a nested adapter's modules")
-    svd: bool = flag(False, "cut a nested adapter by SVD too, as if it were an ordinary one")
+    svd: bool = flag(False, "cut a nested or ordered adapter by SVD, as if it were neither")
 
 
 _POSITIVE = (

@@ -48,7 +48,8 @@ def main(argv: Sequence[str]) -> None:
         )
     _check_target(target, source, output)
     adapter = Adapter.load(source)
-    smaller = _by_order(source, cut) if (source / ORDER).is_file() else _cut(adapter, cut)
+    by_order = (source / ORDER).is_file() and not cut.svd and cut.energy is None
+    smaller = _by_order(source, cut) if by_order else _cut(adapter, cut)
     work = target.with_name(f".{target.name}.new")
     shutil.rmtree(work, ignore_errors=True)
     smaller.save(work)
@@ -60,7 +61,13 @@ def main(argv: Sequence[str]) -> None:
     from rankwise.report.table import print_cuts
 
     print_cuts(smaller.cuts)
-    Console(stderr=True).print(
+    console = Console(stderr=True)
+    if source != Path(given) and (source / "truncation.json").is_file():
+        console.print(
+            f"note: {given} has no {' or '.join(f'{name}/' for name in OTHER_SIZES)} any more, so "
+            f"this is a cut of {source}, which was cut before"
+        )
+    console.print(
         f"{adapter.parameters:,} -> {smaller.parameters:,} stored LoRA parameters, a stock PEFT "
         f"adapter in {target}"
     )
@@ -84,8 +91,11 @@ def _check_target(target: Path, source: Path, output: OutputArguments) -> None:
 def _by_order(source: Path, cut: CutArguments) -> "Adapter":
     from rankwise.orders import Ordered
 
-    if cut.energy is not None or cut.plan is not None or cut.svd:
-        raise AdapterError("an ordered adapter takes --budget, --keep or --rank")
+    if cut.plan is not None:
+        raise AdapterError(
+            "--plan cuts a nested adapter; this one was ordered and takes --budget, --keep or "
+            "--rank, or --energy or --svd to be cut by singular values instead"
+        )
     return Ordered.load(source).cut(cut.budget, keep=cut.keep, rank=cut.rank)
 
 

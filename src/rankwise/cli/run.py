@@ -162,8 +162,10 @@ def show(result: "Result", folder: Path) -> None:
         console.print(f"every other size is in {folder / more}, cut in seconds and without data:")
         curve = result.curve or {"unit": "rank", "sizes": [1]}
         flag = "rank" if curve["unit"] == "rank" else "budget"
-        least = curve["sizes"][0]
-        command = f"rankwise cut --adapter {folder} --{flag} {least} --output_dir DIR"
+        picked = result.lora_parameters or 0
+        smaller = [size for size in curve["sizes"] if flag == "rank" or size < picked]
+        size = max(smaller, default=curve["sizes"][0])
+        command = f"rankwise cut --adapter {folder} --{flag} {size} --output_dir DIR"
         console.print(f"  {command}", soft_wrap=True)
     made = ", ".join(path.name for path in sorted(folder.iterdir()))
     console.print(f"in {folder}: {made}")
