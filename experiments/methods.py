@@ -11,7 +11,6 @@ are skipped.
 
 import argparse
 import json
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -87,7 +86,6 @@ def one(name: str, rows: Path, folder: Path) -> dict[str, Any]:
             report_to="none",
             disable_tqdm=True,
         )
-        shutil.rmtree(folder, ignore_errors=True)
         started = time.process_time()
         try:
             fitted = rankwise.fit(
@@ -95,6 +93,7 @@ def one(name: str, rows: Path, folder: Path) -> dict[str, Any]:
                 rows,
                 model=package_folder(MODEL_PACKAGE) / "model",
                 output_dir=folder,
+                overwrite_output_dir=True,
                 args=training,
                 max_length=48,
                 **FLAGS.get(name, {}),
