@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from families import FAMILIES, LENGTH, family, rows, without_dropout
+from rankwise import curvature
 from rankwise import orders as orders
 from rankwise.adapter import Factors
 from rankwise.curvature import collect, halfway, kind_of, loss_of, read, roots, write
@@ -343,6 +344,21 @@ def test_fitted_gates_bring_the_outputs_nearer_to_the_whole_adapters():
         assert away(again.factors(budget)) < 0.9 * plain
         assert again.kept(budget) == order.kept(budget)
         assert set(again.gates) >= {len(order.kept(budget))}
+
+
+@pytest.mark.parametrize("name", ["bert-classification", "llama-lm"])
+def test_outputs_that_were_kept_save_a_pass_and_change_nothing(name, monkeypatch):
+    model, passes = lora(name), []
+    model.register_forward_pre_hook(lambda *args: passes.append(1))
+    data = batches(name)
+    kept = by_data(model, data, ladder=(1 / 2, 1 / 4))
+    few = len(passes)
+    monkeypatch.setattr(curvature, "KEPT", 0)
+    anew = by_data(model, data, ladder=(1 / 2, 1 / 4))
+    assert (few, len(passes) - few) == (3 * len(data), 5 * len(data))
+    assert kept.sequence == anew.sequence
+    for count, gates in kept.gates.items():
+        torch.testing.assert_close(gates, anew.gates[count], rtol=1e-4, atol=1e-6)
 
 
 def test_refit_finds_the_gates_of_a_linear_model():

@@ -7,7 +7,7 @@ size of the model. The scalars are the columns of a square root of the Gauss-New
 their derivatives sum to the curvature of the loss; no label takes part in that.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -33,6 +33,10 @@ EXACT = 4
 """Up to so many outputs each gets a backward pass of its own; above that signs are drawn."""
 
 
+KEPT = 2**20
+"""Logits of a batch that are kept for later looks; a language model's are too many."""
+
+
 @dataclass(frozen=True)
 class Statistics:
     """Sums over rows; those of two halves, or of two processes, add up to those of the whole.
@@ -46,6 +50,7 @@ class Statistics:
         rows: how many were seen.
         count: what the mean loss is a mean over: rows, or tokens with a label.
         loss: sum of the loss from the labels.
+        outputs: the logits of each batch, on the CPU, where they are few enough to keep, else None.
     """
 
     products: dict[str, Tensor]
@@ -55,6 +60,7 @@ class Statistics:
     rows: int
     count: int
     loss: float
+    outputs: tuple[Tensor | None, ...] = ()
 
     def __add__(self, other: "Statistics") -> "Statistics":
         def both(mine: dict[str, Tensor], its: dict[str, Tensor], how: Any) -> dict[str, Tensor]:
@@ -68,6 +74,7 @@ class Statistics:
             self.rows + other.rows,
             self.count + other.count,
             self.loss + other.loss,
+            self.outputs + other.outputs,
         )
 
 
@@ -77,6 +84,7 @@ def collect(
     *,
     kind: Kind | None = None,
     reference: Mapping[str, Factors] | None = None,
+    outputs: Sequence[Tensor | None] = (),
     draws: int = 2,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
@@ -92,6 +100,8 @@ def collect(
         kind: of loss; None asks the model's config.
         reference: factors of the same modules; the scalars' distance from the model with these is
             then recorded.
+        outputs: the reference's, by batch, where an earlier pass over the same batches kept them;
+            saves a forward pass.
         draws: backward passes where signs are drawn.
         seed: of the signs.
         progress: called with the number of rows after each batch.
@@ -112,15 +122,17 @@ def collect(
     training = model.training
     model.eval()
     try:
-        for batch in batches:
+        for n, batch in enumerate(batches):
             if batch.get("labels") is None:
                 raise DataError(
                     f"a batch has no labels, only {', '.join(sorted(batch))}; add the column "
                     "'labels', which says what the loss is of"
                 )
             moved = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
-            there = None
-            if reference is not None:
+            there = outputs[n] if n < len(outputs) else None
+            if there is not None:
+                there = there.to(device)
+            elif reference is not None:
                 write(model, reference)
                 with torch.no_grad():
                     there = model(**_without_labels(moved)).logits
@@ -157,7 +169,7 @@ def _of_batch(
     labels, mask = batch["labels"], batch.get("attention_mask")
     rows = len(labels)
     with torch.enable_grad(), watched(model) as seen:
-        logits = model(**_without_labels(batch)).logits
+        logits = whole = model(**_without_labels(batch)).logits
         if kind == "causal":  # position t predicts token t + 1
             logits, labels = logits[:, :-1], labels[:, 1:]
         loss, count = loss_of(kind, logits.detach(), labels)
@@ -197,7 +209,8 @@ def _of_batch(
         gap = _precise(logits.detach()) - _precise(there)
         residuals = torch.stack([(c * gap).flatten(1).sum(1) for c in columns]).cpu()
     flat = {name: c.flatten(0, 1) for name, c in products.items()}
-    return Statistics(flat, gradients, inputs, residuals.flatten(), rows, count, loss)
+    kept = whole.detach().cpu() if whole.numel() <= KEPT else None
+    return Statistics(flat, gradients, inputs, residuals.flatten(), rows, count, loss, (kept,))
 
 
 def _precise(x: Tensor) -> Tensor:

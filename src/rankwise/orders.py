@@ -395,6 +395,7 @@ def by_data(
         raise AdapterError(f"ridge is {ridge}; it has to be above 0")
     batches, first = _enough(batches), read(model)
     seen = collect(model, batches, kind=kind, seed=seed, progress=progress)
+    outputs = seen.outputs
     pieces, j = quadratic(first, seen)
     listed = _all(pieces)
     costs = [pieces[name].cost for name, _ in listed]
@@ -409,7 +410,8 @@ def by_data(
         if n:
             kept = [listed[i] for i in alive]
             now = _gated(pieces, kept, gates[alive])
-            seen = _look(model, batches, now, first, kind=kind, seed=seed + n, progress=progress)
+            how = {"kind": kind, "seed": seed + n, "progress": progress, "outputs": outputs}
+            seen = _look(model, batches, now, first, **how)
             j = gate_columns([name for name, _ in kept], seen)
         here, before = list(alive), gates[alive]
         for out, factor in removal(j, _moved(seen), [costs[i] for i in here], ridge):
