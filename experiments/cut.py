@@ -86,9 +86,9 @@ GRID = {
     "sst2": Recipe("glue/sst2"),
     "stsb": Recipe("glue/stsb"),
     "cola": Recipe("glue/cola", epochs=3),
-    "mrpc": Recipe("glue/mrpc", epochs=3),
-    "qnli": Recipe("glue/qnli", evaluation_rows=500),
-    "jnlpba": Recipe("jnlpba", evaluation_rows=500),
+    "mrpc": Recipe("glue/mrpc"),
+    "qnli": Recipe("glue/qnli", rows=3000, evaluation_rows=500),
+    "jnlpba": Recipe("jnlpba", rows=3000, evaluation_rows=500),
 }
 
 

@@ -96,6 +96,8 @@ def one(name: str, rows: Path, folder: Path) -> dict[str, Any]:
                 overwrite_output_dir=True,
                 args=training,
                 max_length=48,
+                max_train_samples=1000,
+                max_eval_samples=500,
                 **FLAGS.get(name, {}),
             )
         except RankwiseError as error:
