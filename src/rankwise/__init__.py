@@ -19,6 +19,7 @@ _HOMES = {
         "CheckpointError",
         "DataError",
         "DivergedError",
+        "ExportError",
         "ModelError",
         "OutputError",
         "PlanError",
@@ -32,6 +33,8 @@ _HOMES = {
     "rankwise.orders": ("Order", "Ordered", "order"),
     "rankwise.plan": ("Entry", "RankPlan"),
     "rankwise.result": ("Result",),
+    "rankwise.serving.export": ("Export", "export"),
+    "rankwise.serving.verify": ("verify",),
     "rankwise.training": ("search", "train"),
 }
 _NAMES = {name: home for home, names in _HOMES.items() for name in names}

@@ -90,6 +90,8 @@ class SearchTrainer(GatedTrainer):
         self.parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in meta]
         # columns that the model does not take go the way that Trainer's own loaders send them
         self._collate = self.data_collator
+        if trainer.get("trainer_class") is not None:  # it has prepared the rows, as it does D_tr
+            validation_dataset = self.eval_dataset
         if isinstance(validation_dataset, Dataset):
             validation_dataset = self._remove_unused_columns(validation_dataset)
         else:

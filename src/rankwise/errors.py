@@ -21,6 +21,10 @@ class AdapterError(RankwiseError):
     """An adapter on disk is damaged, of a kind that cannot be truncated, or lacks the rank."""
 
 
+class ExportError(RankwiseError):
+    """An engine cannot take the adapter in any form that is known here, or would misread it."""
+
+
 class ResultError(RankwiseError):
     """A result file is damaged, or of another schema."""
 

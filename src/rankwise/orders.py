@@ -741,15 +741,15 @@ class Ordered:
         return cls(Adapter.load(folder), Order.load(folder))
 
 
-def order(model: Any, batches: Iterable[Batch], **how: Any) -> Ordered:
+def order(model: Any, batches: Iterable[Batch] | None = None, **how: Any) -> Ordered:
     """Orders the pieces of a trained PEFT LoRA adapter by what held-out rows say.
 
     For an adapter of any trainer: the model is as before afterwards.
 
     Args:
-        model: PEFT model with a LoRA adapter.
+        model: PEFT model with a LoRA adapter, or the Trainer that trained one (TRL's too).
         batches: held-out rows with labels as the model takes them, for example a DataLoader; some
-            hundred rows, none that the adapter was trained on.
+            hundred rows, none that the adapter was trained on. None takes the trainer's own.
         **how: see `by_data`.
 
     Raises:
@@ -762,5 +762,12 @@ def order(model: Any, batches: Iterable[Batch], **how: Any) -> Ordered:
     """
     from rankwise.curvature import read
 
+    if hasattr(model, "get_eval_dataloader"):
+        from rankwise.trainers import batches_of
+
+        batches = batches_of(model) if batches is None else batches
+        model = model.accelerator.unwrap_model(model.model)
+    if batches is None:
+        raise DataError("there are no rows to order by; give batches, or the Trainer")
     read(model)  # refuses what has no pieces to order, before anything is written
     return Ordered(Adapter.of(model), by_data(model, batches, **how))

@@ -198,6 +198,34 @@ class RankPlan:
             **kwargs,
         )
 
+    def to_axolotl(self) -> str:
+        """The plan as the block of YAML that Axolotl takes: `lora_rank_pattern` and its like.
+
+        Raises:
+            PlanError: an alpha that is no whole number, which Axolotl refuses; no rank above 0.
+        """
+        config = self.lora_config()
+        for name, alpha in {"lora_alpha": config.lora_alpha, **config.alpha_pattern}.items():
+            if not isinstance(alpha, int):
+                raise PlanError(
+                    f"{name} has alpha {alpha:g}, and Axolotl takes whole numbers; make the plan "
+                    "with a whole scaling (lora_alpha a multiple of r)"
+                )
+        targets = config.target_modules
+        block = {
+            "adapter": "lora",
+            "lora_r": config.r,
+            "lora_alpha": config.lora_alpha,
+            "lora_target_modules": targets
+            if isinstance(targets, str)
+            else list(self.module_ranks()),
+            "lora_rank_pattern": config.rank_pattern,
+            "lora_alpha_pattern": config.alpha_pattern,
+        }
+        import yaml
+
+        return yaml.safe_dump(block, sort_keys=False)
+
     def module_ranks(self) -> dict[str, int]:
         """Rank by module as PEFT sees it: parts of a fused module added up, rank 0 left out."""
         ranks: Counter[str] = Counter()

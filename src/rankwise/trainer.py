@@ -1,5 +1,6 @@
 """A Trainer that stops at a bad loss; arguments, checkpoints and resuming, which all share."""
 
+import inspect
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -43,8 +44,13 @@ class FiniteTrainer(Trainer):
         args: TrainingArguments.
         configuration: what a checkpoint has to agree with to be resumed, written into each; None
             writes nothing and resumes any.
-        **trainer: of transformers.Trainer.
+        trainer_class: another library's Trainer (TRL's), which prepares rows and computes the loss.
+        **trainer: of transformers.Trainer, or of `trainer_class`.
     """
+
+    def __new__(cls, *_: Any, trainer_class: type[Trainer] | None = None, **__: Any) -> Any:
+        found: Any = cls if trainer_class is None else over(cls, trainer_class)
+        return super().__new__(found)
 
     def __init__(
         self,
@@ -52,9 +58,10 @@ class FiniteTrainer(Trainer):
         args: TrainingArguments,
         *,
         configuration: Mapping[str, Any] | None = None,
+        trainer_class: type[Trainer] | None = None,
         **trainer: Any,
     ):
-        super().__init__(model, args, **trainer)
+        super().__init__(model, args=args, **trainer)  # the second positional is not args in all
         self.configuration = configuration
         self._good: str | None = None  # the last checkpoint of this run
         self._batch_losses: list[Tensor] = []
@@ -62,7 +69,7 @@ class FiniteTrainer(Trainer):
         # num_items_in_batch. Language models do; the other heads ignore it, and the loss of a step
         # would be the sum over its micro-batches instead of their mean.
         base = model.get_base_model() if isinstance(model, PeftModel) else model
-        if task_type_of(base) not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+        if trainer_class is None and task_type_of(base) not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
             self.model_accepts_loss_kwargs = False
 
     def training_step(
@@ -165,6 +172,25 @@ class GatedTrainer(FiniteTrainer):
                 f"cannot read {resume_from_checkpoint}/search.safetensors: {error}; resume from an "
                 "earlier checkpoint"
             ) from error
+
+
+def over(ours: Any, theirs: Any) -> Any:
+    """A class of ours on top of another library's Trainer.
+
+    Raises:
+        RankwiseError: no Trainer, or one that copies the adapter, which gates would break.
+    """
+    if not (isinstance(theirs, type) and issubclass(theirs, Trainer)):
+        raise RankwiseError(f"trainer_class is {theirs!r}; give a subclass of transformers.Trainer")
+    taken = inspect.signature(theirs).parameters
+    if issubclass(ours, GatedTrainer) and {"ref_model", "reward_funcs"} & set(taken):
+        raise RankwiseError(
+            f"this method puts gates on the adapter, which {theirs.__name__} copies by the "
+            "names of its parameters; take method='cut', which trains it as it is"
+        )
+    return (
+        ours if issubclass(ours, theirs) else type(f"Finite{theirs.__name__}", (ours, theirs), {})
+    )
 
 
 def task_type_of(model: nn.Module) -> str | None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, SchedulerType, TrainingArguments, set_seed
+from transformers import PreTrainedModel, SchedulerType, Trainer, TrainingArguments, set_seed
 
 from rankwise.choose import ScoreRows, what_counts
-from rankwise.errors import RankwiseError
+from rankwise.errors import DataError, RankwiseError
 from rankwise.methods import DEFAULT_SEARCH, Method, Setting, by_name
 from rankwise.plan import RankPlan
 from rankwise.rows import TwoSets, fingerprint, two_sets
@@ -35,6 +35,7 @@ def search(
     validation_fraction: float | None = None,
     task_type: str | None = None,
     args: TrainingArguments | None = None,
+    trainer_class: type[Trainer] | None = None,
     resume_from_checkpoint: str | bool | None = None,
     **options: Any,
 ) -> RankPlan:
@@ -56,6 +57,8 @@ def search(
         args: the search's own TrainingArguments: learning rate of the parameters, epochs, batch
             size, precision, checkpoints, logging. None is 3 epochs of AdamW at 1e-4, batch 32,
             warmed up over 6 % of the steps.
+        trainer_class: another library's Trainer, TRL's SFTTrainer for example, which prepares the
+            rows (`prompt`/`completion`, `messages`, packing) and computes the loss; `args` are its.
         resume_from_checkpoint: a checkpoint folder of an earlier, interrupted search, or True for
             the last complete one in `args.output_dir`.
         **options: flags of the method (`r`, `lora_alpha`, `target_modules`, ...); all others are
@@ -80,7 +83,10 @@ def search(
     with TemporaryDirectory() as scratch:
         args = method.arguments(args or default_arguments(scratch))
         fraction = validation_fraction or method.held_out_share
+        _check_packed(train_dataset, trainer_class)
         data = two_sets(train_dataset, validation_dataset, fraction, args.seed)
+        if trainer_class is not None:  # it prepares D_val as it prepares D_tr
+            options |= {"trainer_class": trainer_class, "eval_dataset": data.validation}
         setting = setting_of(method, model, data, args, options, task_type or task_type_of(model))
         method.check(model, setting)
         kept = method.choose(model, setting, resume_from_checkpoint)
@@ -135,6 +141,7 @@ def train(
             f"{method.title} chooses ranks, which are then trained as plain LoRA; use "
             "rankwise.search, and method='lora' here"
         )
+    _check_packed(train_dataset, options.get("trainer_class"))
     args = method.arguments(labelled(args))
     task_type = task_type or task_type_of(model)
     rows = fingerprint(train_dataset)
@@ -211,6 +218,15 @@ def with_provenance(plan: RankPlan, setting: Setting) -> RankPlan:
 def _check_weights(model: nn.Module) -> None:
     if any(p.dtype == torch.float16 for p in model.parameters()):
         raise RankwiseError("the weights are float16; load the model in bfloat16 or float32")
+
+
+def _check_packed(rows: Any, trainer_class: type[Trainer] | None) -> None:
+    """Rows of several documents need their lengths, which the stock Trainer throws away."""
+    if trainer_class is None and "seq_lengths" in (getattr(rows, "column_names", None) or ()):
+        raise DataError(
+            "train_dataset has packed rows (seq_lengths), whose documents would see each other in "
+            "the stock Trainer; give trainer_class=SFTTrainer, or rows of one document each"
+        )
 
 
 def _provenance(

@@ -197,6 +197,10 @@ class Method:
         with restored(model):
             trainer = self.trainer(self.attach(model, plan, setting), plan, setting)
             run_training(trainer, resume)
+            if setting.options.get("trainer_class") is not None:  # its rows, prepared by it
+                from rankwise.trainers import documents
+
+                setting = replace(setting, held_out=documents(trainer.eval_dataset))
             return self.keep(trainer, plan, setting)
 
     def hand_over(self, trainer: "Trainer", kept: Kept, folder: Path) -> None:

@@ -111,13 +111,12 @@ class CutByData(LoraMethod):
     def keep(self, trainer: Any, plan: "RankPlan | None", setting: Setting) -> Kept:
         from rankwise.choose import default_margin, smallest_as_good
         from rankwise.orders import order
+        from rankwise.trainers import batches_of
 
         assert plan is not None
         rows = self.halves(setting)
         model = trainer.accelerator.unwrap_model(trainer.model)
-        ordered = order(
-            model, list(trainer.get_eval_dataloader(rows.train)), seed=setting.args.seed
-        )
+        ordered = order(model, batches_of(trainer, rows.train), seed=setting.args.seed)
         cuts = self.cuts(ordered)
         found = _measured(trainer, cuts, rows.validation, setting)
         alike = len(set(found.values)) == 1 and not any(found.difference_errors)
