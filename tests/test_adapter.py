@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from families import Family, batch, family
-from rankwise import Adapter, AdapterError, PlanError, RankPlan
+from rankwise import Adapter, AdapterError, OutputError, PlanError, RankPlan, files
 from rankwise import adapter as module
 from rankwise.gate import attach_nested, bake, keep_first
 from rankwise.lora import build, uniform
@@ -744,7 +744,7 @@ def test_a_crash_while_saving_leaves_no_folder(at, crash, tmp_path, monkeypatch)
         raise crash
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, at, half)
+        patched.setattr(files if at == "replace_folder" else module, at, half)
         with pytest.raises(type(crash)):
             cut.save(tmp_path / "cut")
     assert names(tmp_path) == ["whole"]
@@ -754,8 +754,11 @@ def test_a_crash_while_saving_leaves_no_folder(at, crash, tmp_path, monkeypatch)
 
 def test_what_a_killed_process_left_does_not_get_in(tmp_path):
     saved(LINEAR, tmp_path / "whole")
-    (tmp_path / ".copy.partial").mkdir()
-    (tmp_path / ".copy.partial" / "truncation.json").write_text("{}")
+    (tmp_path / ".copy.new").mkdir()
+    (tmp_path / ".copy.new" / "truncation.json").write_text("{}")
+    with pytest.raises(OutputError, match="files that rankwise did not write"):
+        Adapter.load(tmp_path / "whole").save(tmp_path / "copy")
+    (tmp_path / ".copy.new" / files.MARKER).write_text("")  # then a process of ours left it
     Adapter.load(tmp_path / "whole").save(tmp_path / "copy")
     assert names(tmp_path / "copy") == [CONFIG, WEIGHTS]
     assert names(tmp_path) == ["copy", "whole"]
@@ -876,7 +879,7 @@ def test_a_file_that_is_something_else(copy, junk):
     [
         ("[1, 2]", r"adapter_config\.json holds a list, not a JSON object; save"),
         ("null", "holds a NoneType, not a JSON object"),
-        ("{", r"cannot read .*adapter_config\.json: Expecting"),
+        ("{", r"cannot read .*adapter_config\.json: not JSON: Expecting"),
         ("{}", "peft_type None; only LORA"),
     ],
 )
@@ -892,7 +895,7 @@ def test_a_config_that_is_none(copy, text, match):
         ({"r": "six"}, "r 'six'; it has to be an integer"),
         ({"r": 0}, "r 0; it has to be an integer >= 1"),
         ({"lora_alpha": None}, "lora_alpha None; it has to be a number"),
-        ({"lora_alpha": float("inf")}, "lora_alpha inf; it has to be a number"),
+        ({"lora_alpha": float("inf")}, "cannot read .*Infinity is no finite number"),
         ({"r": 5}, r"gives '.*' rank 5, but A is \(6, 16\) and B \(16, 6\); .* saved again"),
         ({"rank_pattern": {"value": 4}}, r"gives '.*value' rank 4, but A is \(6, 16\)"),
         ({"rank_pattern": ["value"]}, "rank_pattern in adapter_config.json is malformed"),

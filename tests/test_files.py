@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rankwise.files import replace_folder, write_json, write_text
+from rankwise.files import MARKER, replace_folder, write_json, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -87,6 +87,7 @@ def folders(tmp_path) -> tuple[Path, Path]:
         (folder / "adapter").mkdir(parents=True)
         (folder / "adapter" / "weights").write_text(text)
     (target / "stale").write_text("left over")
+    (target / MARKER).write_text("")
     return finished, target
 
 
@@ -96,6 +97,17 @@ def test_replace_folder_leaves_nothing_of_the_old_one(folders):
     assert (target / "adapter" / "weights").read_text() == "new"
     assert names(target) == ["adapter"]
     assert names(target.parent) == ["out"]
+
+
+def test_replace_folder_leaves_what_has_its_temporary_name_by_chance(folders):
+    finished, target = folders
+    precious = target.parent / ".out.old"
+    precious.mkdir()
+    (precious / "rows").write_text("mine")
+    replace_folder(finished, target)
+    assert (target / "adapter" / "weights").read_text() == "new"
+    assert (precious / "rows").read_text() == "mine"
+    assert names(target.parent) == [".out.old", "out"]
 
 
 def test_replace_folder_where_none_was(tmp_path):
@@ -109,18 +121,20 @@ def test_replace_folder_where_none_was(tmp_path):
 def test_replace_folder_that_is_empty(folders):
     finished, target = folders
     (target / "stale").unlink()
+    (target / MARKER).unlink()
     (target / "adapter" / "weights").unlink()
     (target / "adapter").rmdir()
     replace_folder(finished, target)
     assert (target / "adapter" / "weights").read_text() == "new"
 
 
-def test_a_crash_between_the_two_renames_loses_neither_folder(folders, monkeypatch):
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_crash_between_the_two_renames_loses_neither_folder(folders, monkeypatch, killed):
     finished, target = folders
     rename = Path.rename
 
     def crash(self, to):
-        if self == finished:
+        if self == finished or (killed and to == target):
             raise OSError(errno.EIO, "Input/output error")
         return rename(self, to)
 
@@ -128,6 +142,7 @@ def test_a_crash_between_the_two_renames_loses_neither_folder(folders, monkeypat
     with pytest.raises(OSError, match="Input/output error"):
         replace_folder(finished, target)
     monkeypatch.undo()
+    assert target.exists() == (not killed)  # what was there is back, where there was the time
     texts = {path.read_text() for path in target.parent.rglob("weights")}
     assert texts == {"old", "new"}
     replace_folder(finished, target)  # and a second try finishes the job

@@ -20,7 +20,7 @@ from rankwise.bilevel import SearchTrainer
 from rankwise.gate import attach
 from rankwise.lora import adapted, build, find_entries, uniform
 from rankwise.plan import RankPlan
-from rankwise.trainer import FiniteTrainer, last_checkpoint
+from rankwise.trainer import FiniteTrainer, last_checkpoint, seal
 
 K = 4
 
@@ -435,11 +435,17 @@ def test_killed_at_any_moment_and_resumed_equals_never_stopped(of, tmp_path):
 
 def test_half_a_checkpoint_is_passed_over(tmp_path):
     for step, text in ((5, '{"global_step": 5}'), (10, '{"global_st'), (15, None)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in ("optimizer.pt", "scheduler.pt"):
+            (folder / name).write_text("of torch")
         if text is not None:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+            (folder / "trainer_state.json").write_text(text)
+        seal(folder)
     assert last_checkpoint(tmp_path).name == "checkpoint-5"
     assert last_checkpoint(tmp_path / "nowhere") is None
+    (tmp_path / "checkpoint-5" / "optimizer.pt").write_text("of torsh")
+    assert last_checkpoint(tmp_path) is None
 
 
 def test_checkpoint_of_another_configuration_is_refused(of, tmp_path):

@@ -6,10 +6,8 @@ best approximation of that rank in the Frobenius norm (Eckart and Young).
 """
 
 import copy
-import json
 import math
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -22,8 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rankwise.errors import AdapterError, OutputError, PlanError
-from rankwise.files import replace_folder, write_json, write_text
+from rankwise.errors import AdapterError, PlanError
+from rankwise.escape import yaml
+from rankwise.files import new_folder, write_json, write_text
 from rankwise.plan import (
     Entry,
     RankPlan,
@@ -33,6 +32,7 @@ from rankwise.plan import (
     tidy,
     within_budget,
 )
+from rankwise.reading import read_json
 
 # Folders of a run that other sizes are cut from.
 OTHER_SIZES = ("ordered", "nested", "whole")
@@ -135,11 +135,9 @@ class Adapter:
         """
         folder = Path(folder)
         try:
-            config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise AdapterError(
-                f"cannot read {folder / CONFIG}: {error}; give the folder of a PEFT adapter"
-            ) from error
+            config = read_json(folder / CONFIG, AdapterError)
+        except AdapterError as error:
+            raise AdapterError(f"{error}; give the folder of a PEFT adapter") from error
         if not isinstance(config, dict):
             raise AdapterError(
                 f"{folder / CONFIG} holds a {type(config).__name__}, not a JSON object; save the "
@@ -479,25 +477,18 @@ class Adapter:
         target = Path(folder)
         if target.exists():
             raise AdapterError(f"{target} exists; give a new folder")
-        work = target.with_name(f".{target.name}.partial")
-        shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
-        try:
-            work.mkdir(parents=True)
-        except OSError as error:
-            raise OutputError(
-                f"cannot make {work}: {error.strerror}; give another folder"
-            ) from error
-        try:
-            save_file(self.weights, work / WEIGHTS, metadata={"format": "pt"})
-            write_json(work / CONFIG, self.config)
-            if self.plan is not None:
-                self.plan.save(work / NESTED)
-            if self.cuts:
-                write_json(work / "truncation.json", {n: vars(cut) for n, cut in self.cuts.items()})
-                write_text(work / "README.md", self._card())
-            replace_folder(work, target)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+        with new_folder(target) as work:
+            self.write(work)
+
+    def write(self, folder: Path) -> None:
+        """Writes the files of `save` into a folder that is there, one by one."""
+        save_file(self.weights, folder / WEIGHTS, metadata={"format": "pt"})
+        write_json(folder / CONFIG, self.config)
+        if self.plan is not None:
+            self.plan.save(folder / NESTED)
+        if self.cuts:
+            write_json(folder / "truncation.json", {n: vars(cut) for n, cut in self.cuts.items()})
+            write_text(folder / "README.md", self._card())
 
     def _card(self) -> str:
         """The model card of an adapter that was cut."""
@@ -533,7 +524,8 @@ def card_header(base: str | None, library: str = "peft", lora: bool = True) -> s
         library: that loads what lies in the folder; "" for none that the hub knows.
         lora: whether that is a LoRA adapter.
     """
-    known = [f"base_model: {base}"] if base and not Path(base).exists() else []
+    hub_id = isinstance(base, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base, re.ASCII)
+    known = [f"base_model: {yaml(base)}"] if hub_id and not Path(str(base)).exists() else []
     named = [f"library_name: {library}"] if library else []
     tags = ["- lora"] * lora + ["- rankwise"]
     return "\n".join(["---", *known, *named, "tags:", *tags, "---", "", ""])

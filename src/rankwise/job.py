@@ -28,22 +28,29 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.integrations import get_reporting_integration_callbacks
 
 from rankwise import tasks
 from rankwise.adapter import OTHER_SIZES
 from rankwise.choose import Curve, resampled
 from rankwise.errors import DataError, DivergedError, RankwiseError
-from rankwise.files import write_json
+from rankwise.files import release, write_json
 from rankwise.lora import swap_adapter
 from rankwise.methods import DEFAULT, Kept, LoRA, Method, by_name
 from rankwise.plan import RankPlan
+from rankwise.reading import read_json
 from rankwise.report.memory import Peak, peak_memory
 from rankwise.result import Result
-from rankwise.rows import TwoSets, two_sets
-from rankwise.trainer import default_arguments, labelled, last_checkpoint, replaced, run_training
-from rankwise.training import model_name, setting_of, with_provenance
-from rankwise.workspace import finish, open_workspace
+from rankwise.rows import TwoSets, fingerprint, two_sets
+from rankwise.trainer import (
+    check_arguments,
+    default_arguments,
+    drop_damaged,
+    labelled,
+    replaced,
+    run_training,
+)
+from rankwise.training import model_name, setting_of, weights_of, with_provenance
+from rankwise.workspace import check_output, finish, is_finished, open_workspace
 
 # The TrainingArguments that a result rests on, for its record.
 RECORDED = (
@@ -198,21 +205,31 @@ def fit(
 
     method, more = with_options(method, options)
     _check_options(method, more)
+    check_output(output_dir, overwrite_output_dir, resume_from_checkpoint)
     source = model if isinstance(model, Source) else Source(str(model))
     args = labelled(args or default_arguments(str(output_dir)))
     task = data if isinstance(data, tasks.Task) else _task(data, args.seed, more)
     job = load_job(task, source, args, max_length, eval_split)
     base = check(method, job)
     settings: dict[str, Any] = {
-        "method": method.describe(),
+        "method": method.trained_by(),
+        "after": method.describe(),
         "source": vars(source),
         "task": task.describe(),
+        "training": recorded(args),
+        "max_length": max_length,
+        "rests_on": rests_on(job, base),
     }
-    settings |= {"training": recorded(args), "max_length": max_length}
-    work = open_workspace(str(output_dir), overwrite_output_dir, resume_from_checkpoint, settings)
-    result = run_method(method, job, work, resume_from_checkpoint, base)
-    result.save(work / "metrics.json")
-    folder = finish(work, str(output_dir))
+    if not (resume_from_checkpoint and is_finished(output_dir, settings)):
+        work = open_workspace(output_dir, overwrite_output_dir, resume_from_checkpoint, settings)
+        try:
+            result = run_method(method, job, work, resume_from_checkpoint, base)
+            result.save(work / "metrics.json")
+            finish(work, output_dir)
+        finally:
+            release(work)
+    folder = Path(output_dir).expanduser()
+    result = Result.load(folder / "metrics.json")
     plan = folder / "plan.json"
     curve = None if result.curve is None else Curve.from_dict(result.curve)
     found = RankPlan.load(plan) if plan.is_file() else None
@@ -234,6 +251,24 @@ def _check_options(method: Method, options: Mapping[str, Any]) -> None:
         near = get_close_matches(name, [*known, *has], n=1)
         hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(has)}"
         raise RankwiseError(f"neither {method.title} nor a task has an option {name!r}; {hint}")
+
+
+def rests_on(job: Job, base: PreTrainedModel) -> dict[str, str | None]:
+    """What a run stands on beside its flags, in hashes: a run only goes on where all are the same.
+
+    Args:
+        job: its rows.
+        base: the base model, nothing attached yet.
+    """
+    rows = {
+        "training rows": job.train,
+        "evaluated rows": job.evaluation,
+        "validation rows": job.validation,
+    }
+    about = {name: None if there is None else fingerprint(there) for name, there in rows.items()}
+    packages = ("rankwise", "torch", "transformers", "peft")
+    versions = {f"version of {name}": version(name) for name in packages}
+    return {**about, "base weights": weights_of(base), **versions}
 
 
 def _task(data: str | Path | None, seed: int, options: Mapping[str, Any]) -> tasks.Task:
@@ -306,10 +341,7 @@ def check(method: Method, job: Job, base: PreTrainedModel | None = None) -> PreT
             f"--max_length is {job.max_length} and the longest row {longest} tokens, but the "
             f"model takes {most}; give at most that"
         )
-    try:
-        get_reporting_integration_callbacks(args.report_to)
-    except (ValueError, RuntimeError) as error:
-        raise RankwiseError(f"--report_to: {' '.join(str(error).split())}") from error
+    check_arguments(args)
     setting = setting_of(method, base, split_rows(method, job), args, job.options(), **_asked(job))
     method.check(base, setting)
     return base
@@ -370,8 +402,11 @@ def run_method(
         rows: training rows; None is all of the job's.
     """
     done = folder / "result.json"
-    if done.is_file():
-        return Result.load(done)
+    if _go_on(method, folder) and done.is_file():
+        found = Result.load(done)
+        if found.method == _plain(method.describe()):
+            return found
+        done.unlink()  # flags that act after training have changed: that much is done again
     job = job if rows is None else replace(job, train=rows)
     base = base if base is not None else job.fresh_model()
     plan: RankPlan | None = None
@@ -385,13 +420,34 @@ def run_method(
     return _record(method, result, searched, folder, name)
 
 
+def _go_on(method: Method, folder: Path) -> bool:
+    """Whether what lies in a stage's folder is of this method; what is of another goes.
+
+    A control at another size, say, because the method beside it now hands over another one.
+    """
+    file, now = folder / "method.json", _plain(method.trained_by())
+    if file.is_file() and read_json(file) == now:
+        return True
+    for name in ("result.json", "plan.json"):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("search", "training", method.product, *OTHER_SIZES):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    write_json(file, now)
+    return False
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(value))
+
+
 def choose_stage(
     method: Method, job: Job, folder: Path, resume: bool, base: PreTrainedModel
 ) -> tuple[RankPlan, dict[str, Any]]:
     """Chooses ranks and writes plan.json; read, where a resumed run has it already."""
     figures, scratch = folder / "search" / "figures.json", folder / "search"
     if figures.is_file():
-        return RankPlan.load(folder / "plan.json"), json.loads(figures.read_text())
+        return RankPlan.load(folder / "plan.json"), read_json(figures)
     args = method.arguments(job.arguments(scratch))
     with measured(args.device) as cost:
         setting = setting_of(
@@ -419,8 +475,15 @@ def _choice(kept: Kept) -> dict[str, Any]:
 
 
 def _checkpoint(method: Method, folder: Path, resume: bool) -> bool:
-    """Whether there is a checkpoint to go on from, that the method can go on from."""
-    return resume and method.resumable and last_checkpoint(folder) is not None
+    """Whether there is a whole checkpoint that the method can go on from; others go.
+
+    Else a stage starts over, and gives what it would have given.
+    """
+    found = drop_damaged(folder) is not None and resume and method.resumable
+    if not found:
+        for path in folder.glob("checkpoint-*"):
+            shutil.rmtree(path)
+    return found
 
 
 def _train_stage(

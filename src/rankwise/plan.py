@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 from rankwise.errors import PlanError
 from rankwise.files import write_text
+from rankwise.reading import Unreadable, parse_json
 
 FORMAT = "rankwise-plan/1"
+_HUGE = 2**48  # no matrix, rank or scaling is so large, and products of them stay exact
 
 
 @dataclass(frozen=True)
@@ -268,9 +270,11 @@ class RankPlan:
             PlanError: no such file, not JSON, or an entry out of range; the message names it.
         """
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
+            text = Path(path).expanduser().read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
             raise PlanError(f"cannot read the plan {str(path)!r}: {error}") from error
+        try:
+            return cls.from_json(text)
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from error
 
@@ -278,9 +282,9 @@ class RankPlan:
     def from_json(cls, text: str) -> "RankPlan":
         """The inverse of `to_json`. Raises PlanError with the entry's name."""
         try:
-            raw = json.loads(text, object_pairs_hook=_once)
-        except json.JSONDecodeError as error:
-            raise PlanError(f"not JSON: {error}") from error
+            raw = parse_json(text)
+        except Unreadable as error:
+            raise PlanError(str(error)) from error
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
             raise PlanError(f'"format" is {found!r}; a plan has "format": "{FORMAT}"')
@@ -309,7 +313,7 @@ def _entry(name: str, value: Any) -> Entry:
         raise PlanError(f"entry {name!r} has the unknown key {unknown[0]!r}")
     for key, least in (("rank", 0), ("in", 1), ("out", 1)):
         number = value.get(key)
-        if not isinstance(number, int) or isinstance(number, bool) or number < least:
+        if type(number) is not int or not least <= number < _HUGE:
             raise PlanError(
                 f'entry {name!r}: "{key}" is {number!r}; it has to be an integer >= {least}'
             )
@@ -324,7 +328,8 @@ def _entry(name: str, value: Any) -> Entry:
     ):
         raise PlanError(f'entry {name!r}: "rows" is {rows!r}; it has to be [start, start + out]')
     if gate is not None and (
-        not isinstance(gate, list) or not all(isinstance(g, int | float) for g in gate)
+        not isinstance(gate, list)
+        or not all(isinstance(g, int | float) and not isinstance(g, bool) for g in gate)
     ):
         raise PlanError(f'entry {name!r}: "gate" is {gate!r}; it has to be a list of numbers')
     return Entry(
@@ -340,9 +345,10 @@ def _entry(name: str, value: Any) -> Entry:
 def _validate(plan: RankPlan) -> None:
     if not plan.modules:
         raise PlanError("the plan has no modules")
-    if not isinstance(plan.r, int) or plan.r < 1:
+    if not isinstance(plan.r, int) or isinstance(plan.r, bool) or not 1 <= plan.r < _HUGE:
         raise PlanError(f'"r" is {plan.r!r}; it has to be an integer >= 1')
-    if not isinstance(plan.scaling, int | float) or not 0 < plan.scaling < float("inf"):
+    number = isinstance(plan.scaling, int | float) and not isinstance(plan.scaling, bool)
+    if not number or not 0 < plan.scaling < _HUGE:
         raise PlanError(f'"scaling" is {plan.scaling!r}; it has to be a number > 0')
     for name, entry in plan.modules.items():
         if entry.rank < 0:
@@ -353,14 +359,6 @@ def _validate(plan: RankPlan) -> None:
                 f'entry {name!r}: "rank" is {entry.rank}, more than its matrix of '
                 f"{entry.out_features} x {entry.in_features} can have; the most is {limit}"
             )
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; a name that is there twice, which JSON would let the last one win, refused."""
-    for name, count in Counter(name for name, _ in pairs).items():
-        if count > 1:
-            raise PlanError(f"{name!r} is there twice; leave one")
-    return dict(pairs)
 
 
 def exact_targets(names: list[str], known: set[str]) -> list[str] | str:

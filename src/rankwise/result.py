@@ -9,6 +9,7 @@ from typing import Any
 
 from rankwise.errors import ResultError
 from rankwise.files import write_json
+from rankwise.reading import read_json
 
 SCHEMA = "rankwise-result/1"
 
@@ -81,10 +82,7 @@ class Result:
             ResultError: no such file, not JSON, of another schema, or with a field missing, unknown
                 or of another type; the message names the file and the field.
         """
-        try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ResultError(f"cannot read the result {path}: {error}") from error
+        raw = read_json(path, ResultError)
         try:
             return cls.from_dict(raw)
         except ResultError as error:

@@ -2,6 +2,9 @@
 
 import inspect
 import json
+import shutil
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import EvalLoopOutput
@@ -21,6 +25,7 @@ from transformers.utils import logging
 
 from rankwise.errors import CheckpointError, DivergedError, RankwiseError
 from rankwise.files import write_json
+from rankwise.reading import read_json
 
 FEW_BATCHES = 8  # too few for the standard error of a mean over batches
 
@@ -93,6 +98,8 @@ class FiniteTrainer(Trainer):
         self.stop_unless_finite_parameters()  # never save what a bad gradient left behind
         super()._save_checkpoint(model, trial)
         self._good = f"{self.args.output_dir}/checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            seal(Path(self._good))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
@@ -223,17 +230,74 @@ def run_training(trainer: Trainer, resume_from_checkpoint: str | bool | None) ->
     trainer._load_from_checkpoint(found)
 
 
+SEAL = "whole.json"
+
+
+def seal(checkpoint: Path) -> None:
+    """Writes, last of all, what belongs to a checkpoint: size and CRC-32 of every file in it."""
+    files = {path.name: _sum(path) for path in sorted(checkpoint.iterdir()) if path.name != SEAL}
+    write_json(checkpoint / SEAL, files)
+
+
+def _sum(path: Path) -> list[int]:
+    total = size = 0
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            total, size = zlib.crc32(block, total), size + len(block)
+    return [size, total]
+
+
+def missing(checkpoint: Path) -> str:
+    """What a checkpoint lacks to be gone on with exactly, in words; "" where it is whole.
+
+    One of ours has a seal, which tells a single changed byte. One of a stock Trainer has none: its
+    files have to be there and to be whole archives.
+    """
+    try:
+        step = read_json(checkpoint / TRAINER_STATE_NAME).get("global_step")
+        if not isinstance(step, int) or isinstance(step, bool):
+            return f"no step in its {TRAINER_STATE_NAME}"
+        for name in ("optimizer.pt", "scheduler.pt"):
+            if not (checkpoint / name).is_file():
+                return f"no {name}, without which the optimizer would begin anew"
+        if (checkpoint / SEAL).is_file():
+            for name, said in read_json(checkpoint / SEAL).items():
+                if not (checkpoint / name).is_file() or _sum(checkpoint / name) != said:
+                    return f"its {name} is damaged"
+            return ""
+        for path in (*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    return f"its {path.name} is damaged"
+        weights = list(checkpoint.glob("*.safetensors"))
+        for path in weights:
+            with safe_open(path, framework="pt") as file:
+                file.keys()
+        return "" if weights else "no weights in safetensors"
+    except (OSError, AttributeError, RankwiseError, zipfile.BadZipFile, SafetensorError) as error:
+        return str(error)
+
+
 def last_checkpoint(folder: str | Path) -> Path | None:
-    """The newest complete checkpoint in a folder. A run killed while saving leaves half of one."""
-    found = []
+    """The newest whole checkpoint in a folder. A run killed while saving leaves half of one."""
+    numbered = [
+        (int(number), path)
+        for path in Path(folder).glob("checkpoint-*")
+        if (number := path.name.removeprefix("checkpoint-")).isdecimal()
+    ]
+    return next((path for _, path in sorted(numbered, reverse=True) if not missing(path)), None)
+
+
+def drop_damaged(folder: str | Path) -> Path | None:
+    """The newest whole checkpoint; newer ones, which Trainer would count among its own, go."""
+    found = last_checkpoint(folder)
+    newest = -1 if found is None else int(found.name.removeprefix("checkpoint-"))
     for path in Path(folder).glob("checkpoint-*"):
-        try:  # Trainer writes trainer_state.json last
-            found.append(
-                (json.loads((path / "trainer_state.json").read_text())["global_step"], path)
-            )
-        except (OSError, ValueError, KeyError):
-            continue
-    return max(found)[1] if found else None
+        number = path.name.removeprefix("checkpoint-")
+        if not number.isdecimal() or int(number) > newest:
+            logger.warning(f"{path} is left out: {missing(path)}")
+            shutil.rmtree(path)
+    return found
 
 
 def find_checkpoint(
@@ -263,10 +327,12 @@ def find_checkpoint(
             raise CheckpointError(
                 f"{path} is not a complete checkpoint: no trainer_state.json in it"
             )
+        if why := missing(path):
+            raise CheckpointError(f"{path} is not a complete checkpoint: {why}")
     if configuration is not None:
         try:
-            saved = json.loads((path / "search.json").read_text())
-        except (OSError, ValueError) as error:
+            saved = read_json(path / "search.json")
+        except RankwiseError as error:
             raise CheckpointError(f"{path} is not a checkpoint of a search: {error}") from error
         _same_configuration(path, saved, json.loads(json.dumps(dict(configuration))))
     return str(path)
@@ -284,6 +350,47 @@ def _same_configuration(path: Path, saved: dict[str, Any], current: dict[str, An
             f"{path} belongs to another run: {key} was {was!r} and is now {now!r}; start "
             "afresh, or resume with the old settings"
         )
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    """Builds what a training takes from its arguments once, dry, on a model of one weight.
+
+    So an optimizer, a schedule or a reporter that is not to be had shows before any work.
+
+    Raises:
+        RankwiseError: it cannot be built; says which.
+    """
+    model = nn.Linear(1, 1)
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        special = {"optimizer_dict", "params", "model"} & set(options)
+        optimizer = None if special else kind(model.parameters(), **options)
+    except Exception as error:
+        raise RankwiseError(f"optim {args.optim} cannot be built: {_line(error)}") from error
+    try:
+        if optimizer is not None:
+            get_scheduler(
+                args.lr_scheduler_type,
+                optimizer,
+                num_warmup_steps=1,
+                num_training_steps=10,
+                scheduler_specific_kwargs=args.lr_scheduler_kwargs or None,
+            )
+    except Exception as error:
+        kind_of = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+        raise RankwiseError(
+            f"lr_scheduler_type {kind_of} cannot be built: {_line(error)}; its arguments go "
+            "into --training_arguments as lr_scheduler_kwargs"
+        ) from error
+    try:
+        for reporter in get_reporting_integration_callbacks(args.report_to):
+            reporter()
+    except Exception as error:
+        raise RankwiseError(f"--report_to: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def default_arguments(scratch: str) -> TrainingArguments:

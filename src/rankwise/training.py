@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -89,6 +90,9 @@ def search(
             options |= {"trainer_class": trainer_class, "eval_dataset": data.validation}
         setting = setting_of(method, model, data, args, options, task_type or task_type_of(model))
         method.check(model, setting)
+        setting = replace(
+            setting, configuration={**setting.configuration, "weights": weights_of(model)}
+        )
         kept = method.choose(model, setting, resume_from_checkpoint)
     if kept.plan is None:
         raise RankwiseError(f"{method.title} has no ranks to choose; use rankwise.fit")
@@ -146,7 +150,8 @@ def train(
     task_type = task_type or task_type_of(model)
     rows = fingerprint(train_dataset)
     configuration = {
-        "method": method.describe(),
+        "method": method.trained_by(),
+        "weights": weights_of(model),
         "ranks": plan.ranks,
         "scaling": plan.scaling,
         "task_type": task_type,
@@ -206,13 +211,35 @@ def setting_of(
     )
     plan = method.start(model, setting)
     about = _provenance(method, model, plan, data, args, task_type)
-    targets = {} if plan is None else {"targets": sorted(plan.modules)}
-    return replace(setting, provenance=about, configuration=about | decisive(args) | targets)
+    targets = {} if plan is None else {"targets": dict(sorted(plan.ranks.items()))}
+    trained = {"method": method.trained_by(), **targets}
+    return replace(setting, provenance=about, configuration=about | decisive(args) | trained)
 
 
 def with_provenance(plan: RankPlan, setting: Setting) -> RankPlan:
     """The plan, saying where it comes from; what it says of itself already stays."""
     return replace(plan, provenance={**setting.provenance, **plan.provenance})
+
+
+def weights_of(model: nn.Module) -> str:
+    """A fingerprint of a model's weights, exact and cheap: one pass over their bits, as integers.
+
+    Each tensor counts by its name, shape, type, the sum of its words, and some of its values in
+    their places. Sums of integers are the same in every order, on every processor.
+    """
+    digest = sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().contiguous().view(-1)
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if flat.numel() == 0 or flat.is_meta:
+            continue
+        step = max(1, flat.numel() // 64)
+        words = flat.view(torch.uint8)
+        if len(words) % 4 == 0 and words.storage_offset() % 4 == 0:
+            words = words.view(torch.int32)
+        digest.update(str(int(words.sum(dtype=torch.int64))).encode())
+        digest.update(flat[::step].contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _check_weights(model: nn.Module) -> None:

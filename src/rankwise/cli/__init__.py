@@ -1,11 +1,13 @@
-"""The command `rankwise`: one file a subcommand."""
+"""The command `rankwise`: one file a subcommand, and one boundary that turns errors into a line."""
 
 import os
+import signal
 import sys
 
 TYPE_CHECKING = False  # typing itself is not imported: `rankwise --help` pays for each import
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any, NoReturn
 
 COMMANDS = {
     "run": "a method on your rows, with controls, evaluated and reported",
@@ -17,11 +19,23 @@ COMMANDS = {
     "evaluate": "the metrics of an adapter on labelled rows",
     "demo": "`run` on a small model and rows that packages ship, in five minutes",
 }
+FULL = 2**24  # a disk with fewer free bytes is called full
+
+
+class Stopped(KeyboardInterrupt):
+    """The process was asked to end, by the signal of this number."""
 
 
 def main(argv: "Sequence[str] | None" = None) -> None:
-    """Entry point. Exits with 2 for wrong input, 1 for a diverged run, 130 when interrupted."""
+    """Entry point.
+
+    Exits with 2 for wrong input, 1 for a run that diverged or that something broke, and with 128
+    and the signal's number where one stopped it (130 for Ctrl-C). With `--debug` among the flags,
+    what broke is shown with its traceback.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
+    debug = "--debug" in argv
+    argv = [word for word in argv if word != "--debug"]
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
         return
@@ -31,26 +45,122 @@ def main(argv: "Sequence[str] | None" = None) -> None:
         print(f"rankwise {version('rankwise')}")
         return
     if argv[0] not in COMMANDS:
-        _fail(f"no command {argv[0]!r}; there are {', '.join(COMMANDS)}", 2)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _fail(f"no command {argv[0]!r}{_meant(argv[0])}; there are {', '.join(COMMANDS)}", 2)
+    if _processes() > 1:
         _fail("the command line runs in one process; under a launcher call rankwise.search", 2)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from importlib import import_module
+    before = _listen()
+    try:
+        from importlib import import_module
 
+        import_module(f"rankwise.cli.{argv[0]}").main(argv[1:])
+        sys.stdout.flush()
+    except SystemExit:
+        raise
+    except BaseException as error:
+        if debug:
+            import traceback
+
+            traceback.print_exception(error)
+        _explain(error, debug)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _let_go()
+
+
+def _processes() -> int:
+    """Of the launcher that started this one; a WORLD_SIZE that is no number counts for nothing."""
+    given = os.environ.get("WORLD_SIZE", "").strip()
+    return int(given) if given.isdecimal() else 1
+
+
+def _listen() -> "dict[int, Any]":
+    """Lets the signals that ask a process to end raise Stopped; returns the handlers of before."""
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+        raise Stopped(number)
+
+    before = {}
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        try:
+            # nohup ignores SIGHUP, and that is to stay
+            if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+                before[number] = signal.signal(number, stop)
+        except ValueError:  # not in the main thread
+            pass
+    return before
+
+
+def _explain(error: BaseException, debug: bool) -> "NoReturn":
+    """One line for what stopped a command, and the exit."""
     from rankwise.errors import DivergedError, RankwiseError
 
-    try:
-        import_module(f"rankwise.cli.{argv[0]}").main(argv[1:])
-    except RankwiseError as error:
+    if isinstance(error, RankwiseError):
+        _let_go()
         _fail(_as_flags(" ".join(str(error).split())), 2)
-    except DivergedError as error:
-        print(file=sys.stderr)  # the progress bar has not ended its line
+    print(file=sys.stderr)  # a progress bar has not ended its line
+    if isinstance(error, DivergedError):
         _fail(str(error), 1)
-    except KeyboardInterrupt:
-        again = argv[0] not in ("evaluate", "cut")
-        how = "; the same command with --resume_from_checkpoint goes on" if again else ""
-        print(file=sys.stderr)
-        _fail(f"stopped{how}", 130)
+    if isinstance(error, KeyboardInterrupt):
+        number = error.args[0] if isinstance(error, Stopped) else signal.SIGINT
+        name = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+        _fail(f"stopped{name}{_how_to_go_on(drop=False)}", 128 + number)
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _fail("who read the output has closed it", 1)
+    message = _broken(error)
+    more = "" if debug else "; --debug shows where"
+    _fail(f"{message}{more}{_how_to_go_on(drop=True)}", 1)
+
+
+def _broken(error: BaseException) -> str:
+    """What broke, in one line: the disk, the memory, or another library's error as it is."""
+    said = " ".join(str(error).split()) or "no message"
+    kind = type(error).__name__
+    full = [place for place in _places() if _is_full(place)]
+    if getattr(error, "errno", None) == 28 or (full and not isinstance(error, MemoryError)):
+        where = getattr(error, "filename", None) or (full or ["the output folder"])[0]
+        return f"the disk is full ({where}): {said}"
+    if isinstance(error, OSError):
+        return f"the system refuses: {said}"
+    return f"{kind}: {said[:500]}"
+
+
+def _places() -> list[str]:
+    import tempfile
+
+    files = sys.modules.get("rankwise.files")
+    return [*(str(path) for path in (files.held() if files else [])), tempfile.gettempdir()]
+
+
+def _is_full(place: str) -> bool:
+    import shutil
+
+    try:
+        return shutil.disk_usage(place).free < FULL
+    except OSError:
+        return False
+
+
+def _how_to_go_on(drop: bool) -> str:
+    kept = _let_go(drop)
+    return "; the same command with --resume_from_checkpoint goes on" if kept else ""
+
+
+def _let_go(drop: bool = True) -> "list[Any]":
+    """Ends this process's hold on its folders; those in which there is something to go on with."""
+    workspace = sys.modules.get("rankwise.workspace")
+    return workspace.abandon(drop) if workspace else []
+
+
+def _meant(name: str) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, COMMANDS, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _usage() -> str:
@@ -84,8 +194,10 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def _fail(message: str, code: int) -> None:
-    print(f"rankwise: {message}", file=sys.stderr)
+def _fail(message: str, code: int) -> "NoReturn":
+    from rankwise.escape import terminal
+
+    print(f"rankwise: {terminal(message)}", file=sys.stderr)
     raise SystemExit(code)
 
 

@@ -2,22 +2,22 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from rankwise.errors import RankwiseError
 
 
-def flag(default: Any, text: str) -> Any:
-    """A flag: its default and its help."""
-    return field(default=default, metadata={"help": text})
+def flag(default: Any, text: str, *, path: bool = False) -> Any:
+    """A flag: its default, its help, and whether it is a path, whose `~` is the home folder."""
+    return field(default=default, metadata={"help": text, "path": path})
 
 
 @dataclass
 class ModelArguments:
     """The base model."""
 
-    model_name_or_path: str | None = flag(None, "hub id or folder of the base model")
+    model_name_or_path: str | None = flag(None, "hub id or folder of the base model", path=True)
     gguf_file: str | None = flag(None, "name of a GGUF file in it, loaded as float32")
     model_revision: str | None = flag(None, "branch, tag or commit on the hub")
     trust_remote_code: bool = flag(False, "run code that the model or data set brings along")
@@ -33,10 +33,15 @@ class DataArguments:
     data_dir: str | None = flag(
         None,
         "folder with train, validation and test as .jsonl, .csv or .parquet; instead of the hub",
+        path=True,
     )
-    train_file: str | None = flag(None, "training rows of your own: .jsonl, .csv or .parquet")
-    validation_file: str | None = flag(None, "rows to evaluate on; without any, a tenth of train")
-    test_file: str | None = flag(None, "further rows to evaluate on")
+    train_file: str | None = flag(
+        None, "training rows of your own: .jsonl, .csv or .parquet", path=True
+    )
+    validation_file: str | None = flag(
+        None, "rows to evaluate on; without any, a tenth of train", path=True
+    )
+    test_file: str | None = flag(None, "further rows to evaluate on", path=True)
     text_column: tuple[str, ...] = flag((), "column of the text, or two columns of a pair of texts")
     label_column: str | None = flag(None, "column of the label")
     label_names: tuple[str, ...] = flag(
@@ -86,7 +91,7 @@ class FitArguments:
 class OutputArguments:
     """Where results go."""
 
-    output_dir: str | None = flag(None, "folder for the results; has to be new or empty")
+    output_dir: str | None = flag(None, "folder for the results; has to be new or empty", path=True)
     overwrite_output_dir: bool = flag(False, "replace the results that are in output_dir")
     resume_from_checkpoint: bool = flag(False, "go on with the run that stopped in output_dir")
 
@@ -106,7 +111,9 @@ class ControlArguments:
 class AdapterArguments:
     """An adapter on disk."""
 
-    adapter: str | None = flag(None, "folder of a PEFT adapter, or of a run that made one")
+    adapter: str | None = flag(
+        None, "folder of a PEFT adapter, or of a run that made one", path=True
+    )
 
 
 @dataclass
@@ -119,32 +126,59 @@ class CutArguments:
     )
     budget: int | None = flag(None, "at most so many LoRA parameters in all")
     keep: float | None = flag(None, "at most this share of the LoRA parameters")
-    plan: str | None = flag(None, "plan.json with the ranks of a nested adapter's modules")
+    plan: str | None = flag(
+        None, "plan.json with the ranks of a nested adapter's modules", path=True
+    )
     svd: bool = flag(False, "cut a nested or ordered adapter by SVD, as if it were neither")
 
 
-_POSITIVE = (
+_ABOVE_0 = (
     "learning_rate per_device_train_batch_size per_device_eval_batch_size "
-    "gradient_accumulation_steps max_length"
+    "gradient_accumulation_steps max_length max_train_samples max_eval_samples logging_steps "
+    "save_steps"
 ).split()
+_AT_LEAST_0 = "weight_decay warmup_steps max_grad_norm".split()
 
 
 def check_ranges(parts: Sequence[Any]) -> None:
     """Raises RankwiseError, naming the flag, where a number is out of its range."""
     values = {key: value for part in parts for key, value in vars(part).items()}
-    for key in _POSITIVE:
-        value = values.get(key)
-        if value is not None and not 0 < value < math.inf:
+    for key in _ABOVE_0:
+        if (value := values.get(key)) is not None and not 0 < value < math.inf:
             raise RankwiseError(f"--{key} is {value}; it has to be a number > 0")
+    for key in _AT_LEAST_0:
+        if (value := values.get(key)) is not None and not 0 <= value < math.inf:
+            raise RankwiseError(f"--{key} is {value}; it has to be at least 0")
     seed = values.get("seed")
     if seed is not None and not 0 <= seed < 2**32:
         raise RankwiseError(f"--seed is {seed}; it has to be at least 0 and below {2**32}")
     fraction = values.get("validation_fraction")
     if fraction is not None and not 0 < fraction < 1:
         raise RankwiseError(f"--validation_fraction is {fraction}; it has to lie between 0 and 1")
-    if values.get("max_steps", 1) <= 0 and not 0 < values["num_train_epochs"] < math.inf:
+    steps = values.get("max_steps", 1)
+    if steps == 0 or steps < -1:
+        raise RankwiseError(
+            f"--max_steps is {steps}; give at least 1, or -1 to train num_train_epochs"
+        )
+    if steps < 0 and not 0 < values["num_train_epochs"] < math.inf:
         epochs = values["num_train_epochs"]
         raise RankwiseError(f"--num_train_epochs is {epochs}; it has to be > 0")
+
+
+def flags_elsewhere() -> dict[str, str]:
+    """Every flag that some command or method has, and who, for messages and shared files."""
+    from rankwise.methods import METHODS
+
+    found: dict[str, str] = {}
+    for name, method in METHODS.items():
+        for f in fields(method):
+            found.setdefault(f.name, f"method {name}")
+    found |= {f.name: "rankwise cut" for f in fields(CutArguments) if f.name not in found}
+    found |= {"adapter": "rankwise cut and evaluate", "control": "rankwise run", "method": "run"}
+    shared = (ModelArguments, DataArguments, FitArguments, OutputArguments)
+    for part in shared:
+        found |= {f.name: "run, search and train" for f in fields(part)}
+    return found
 
 
 def required(value: Any, name: str, command: str) -> Any:

@@ -1,13 +1,20 @@
 """`rankwise cut`: an adapter of smaller rank out of one that is trained."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rankwise.cli.arguments import AdapterArguments, CutArguments, OutputArguments, required
+from rankwise.cli.arguments import (
+    AdapterArguments,
+    CutArguments,
+    OutputArguments,
+    flags_elsewhere,
+    required,
+)
 from rankwise.cli.flags import Group, parse
 from rankwise.errors import AdapterError, OutputError
+from rankwise.files import foreign, marker, write_json
+from rankwise.reading import read_json
 
 if TYPE_CHECKING:
     from rankwise.adapter import Adapter
@@ -25,12 +32,13 @@ def main(argv: Sequence[str]) -> None:
         [
             Group("adapter", AdapterArguments()),
             Group("size", CutArguments()),
-            Group("output", OutputArguments()),
+            Group("output", OutputArguments(), frozenset(["resume_from_checkpoint"])),
         ],
         argv,
+        flags_elsewhere(),
     )
     from rankwise.adapter import ORDER, OTHER_SIZES, Adapter, adapter_folder
-    from rankwise.files import replace_folder
+    from rankwise.files import new_folder
 
     # of a run the one with all pieces, before the one that was picked out of it
     given = required(which.adapter, "adapter", "cut")
@@ -50,24 +58,20 @@ def main(argv: Sequence[str]) -> None:
     adapter = Adapter.load(source)
     by_order = (source / ORDER).is_file() and not cut.svd and cut.energy is None
     smaller = _by_order(source, cut) if by_order else _cut(adapter, cut)
-    work = target.with_name(f".{target.name}.new")
-    shutil.rmtree(work, ignore_errors=True)
-    smaller.save(work)
-    if (source / "task.json").is_file():
-        shutil.copy(source / "task.json", work / "task.json")
-    replace_folder(work, target)
-    from rich.console import Console
-
+    with new_folder(target, marked=True) as work:
+        smaller.write(work)
+        if (source / "task.json").is_file():
+            write_json(work / "task.json", read_json(source / "task.json", AdapterError))
+    from rankwise.cli.show import say
     from rankwise.report.table import print_cuts
 
     print_cuts(smaller.cuts)
-    console = Console(stderr=True)
     if source != Path(given) and (source / "truncation.json").is_file():
-        console.print(
+        say(
             f"note: {given} has no {' or '.join(f'{name}/' for name in OTHER_SIZES)} any more, so "
             f"this is a cut of {source}, which was cut before"
         )
-    console.print(
+    say(
         f"{adapter.parameters:,} -> {smaller.parameters:,} stored LoRA parameters, a stock PEFT "
         f"adapter in {target}"
     )
@@ -78,14 +82,21 @@ def _check_target(target: Path, source: Path, output: OutputArguments) -> None:
         raise OutputError("cut takes seconds; there is nothing to resume")
     if target.resolve() == source.resolve() or target.resolve() in source.resolve().parents:
         raise OutputError(f"--output_dir {target} holds the adapter itself; give another")
+    if not target.name:
+        raise OutputError(f"--output_dir {target} has no name of its own; give a new folder")
+    if target.is_symlink() and not target.exists():
+        raise OutputError(f"{target} is a link to nothing; remove it, or give another folder")
     filled = target.is_file() or (target.is_dir() and any(target.iterdir()))
     if filled and not output.overwrite_output_dir:
         raise OutputError(
             f"{target} is not empty; give another --output_dir, or --overwrite_output_dir"
         )
-    of_a_run = (target.parent / "metrics.json").is_file()
-    if filled and (of_a_run or not (target / "truncation.json").is_file()):
+    if filled and (not marker(target) or not (target / "truncation.json").is_file()):
         raise OutputError(f"{target} was not written by rankwise cut; give another")
+    if filled and (other := foreign(target)) is not None:
+        raise OutputError(
+            f"{target} holds {other}, which rankwise did not write; move it away, or give another"
+        )
 
 
 def _by_order(source: Path, cut: CutArguments) -> "Adapter":

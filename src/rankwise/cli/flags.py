@@ -3,16 +3,18 @@
 Kept to argparse, because the help of a command has to be there at once.
 """
 
-import json
+import difflib
+import math
+import os
 import types
 import typing
-from argparse import Action, ArgumentParser, ArgumentTypeError, HelpFormatter
-from collections.abc import Sequence
+from argparse import SUPPRESS, Action, ArgumentParser, ArgumentTypeError, HelpFormatter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from rankwise.errors import RankwiseError
+from rankwise.reading import Unreadable, parse_json, read_yaml
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,13 @@ class Group:
     Attributes:
         title: over its flags in the help.
         like: an instance, whose values are the defaults.
+        hidden: flags that the command takes but has no use for, so that commands can share a YAML
+            file; the help leaves them out.
     """
 
     title: str
     like: Any
+    hidden: frozenset[str] = frozenset()
 
 
 class _HelpFormatter(HelpFormatter):
@@ -45,7 +50,7 @@ class _HelpFormatter(HelpFormatter):
         if action.choices:
             shown = "{" + ",".join(map(str, action.choices)) + "}"
         else:
-            kinds: dict[Any, str] = {int: "N", float: "X"}
+            kinds: dict[Any, str] = {_whole: "N", _finite: "X"}
             shown = kinds.get(action.type, "VALUE")
         return ", ".join(action.option_strings) + f" {shown}" + " ..." * (action.nargs == "+")
 
@@ -62,6 +67,7 @@ def parse(
     description: str,
     groups: Sequence[Group],
     argv: Sequence[str],
+    elsewhere: Mapping[str, str] | None = None,
     **defaults: Any,
 ) -> list[Any]:
     """Flags, over the YAML file of `--config`, over a command's own defaults, over the classes'.
@@ -71,6 +77,8 @@ def parse(
         description: for the help.
         groups: one dataclass each.
         argv: the command line after the command.
+        elsewhere: flags that others have, and who ("method x"): a file of flags may name them, for
+            it may be shared, and a message says where they belong.
         **defaults: of the command, by flag.
 
     Returns:
@@ -94,14 +102,31 @@ def parse(
     parser.set_defaults(**defaults)
     actions = {action.dest: action for action in parser._actions}
     path = parser.parse_known_args(list(argv))[0].config
-    given = [] if path is None else _config_flags(path, actions)
+    given = [] if path is None else _config_flags(path, actions, elsewhere or {})
     found, rest = parser.parse_known_args([*given, *argv])
     if rest:
-        parser.error(f"unknown flag {rest[0]}")
+        shown = [f.name for group in groups for f in fields(group.like)]
+        parser.error(f"unknown flag {rest[0]}{_hint(rest[0], shown, elsewhere or {})}")
     return [
-        type(group.like)(**{f.name: _value(getattr(found, f.name)) for f in fields(group.like)})
+        type(group.like)(
+            **{f.name: _value(getattr(found, f.name), f.metadata) for f in fields(group.like)}
+        )
         for group in groups
     ]
+
+
+def _hint(given: str, known: Sequence[str], elsewhere: Mapping[str, str]) -> str:
+    """Which flag was meant, or whose it is."""
+    name = given.lstrip("-").partition("=")[0].replace("-", "_")
+    if not given.startswith("--"):
+        return ""
+    if name in elsewhere and name not in known:
+        return f", which is a flag of {elsewhere[name]}"
+    near = difflib.get_close_matches(name, [*known, *elsewhere], n=1)
+    if not near:
+        return ""
+    of = "" if near[0] in known else f" of {elsewhere[near[0]]}"
+    return f"; did you mean --{near[0]}{of}?"
 
 
 def read_flag(command: str, argv: Sequence[str], name: str, default: str) -> str:
@@ -116,7 +141,10 @@ def read_flag(command: str, argv: Sequence[str], name: str, default: str) -> str
     return default if value is None else str(value)
 
 
-def _value(value: Any) -> Any:
+def _value(value: Any, about: Mapping[str, Any]) -> Any:
+    """As the dataclass holds it; `~` of a path is the home folder, here and nowhere else."""
+    if isinstance(value, str) and about.get("path"):
+        return os.path.expanduser(value)
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -125,7 +153,8 @@ def _add(parser: ArgumentParser, group: Group) -> None:
     hints = typing.get_type_hints(type(group.like))
     for f in fields(group.like):
         default = getattr(group.like, f.name)
-        options: dict[str, Any] = {"help": f.metadata.get("help", ""), "default": default}
+        text = SUPPRESS if f.name in group.hidden else f.metadata.get("help", "")
+        options: dict[str, Any] = {"help": text, "default": default}
         inner = _inner(hints[f.name])
         if inner is bool:
             options |= {"nargs": "?", "const": True, "type": _boolean}
@@ -134,9 +163,9 @@ def _add(parser: ArgumentParser, group: Group) -> None:
         elif typing.get_origin(inner) is Literal:
             options |= {"choices": typing.get_args(inner), "type": str}
         elif typing.get_origin(inner) is tuple:
-            options |= {"nargs": "+", "type": typing.get_args(inner)[0]}
+            options |= {"nargs": "+", "type": _reader(typing.get_args(inner)[0])}
         else:
-            options["type"] = inner
+            options["type"] = _reader(inner)
         there.add_argument(f"--{f.name}", **options)
 
 
@@ -158,36 +187,77 @@ def _boolean(text: str) -> bool:
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
+        value = parse_json(text)
+    except Unreadable as error:
+        raise ArgumentTypeError(f"{text[:200]!r} is not JSON ({error})") from error
     if not isinstance(value, dict):
-        raise ArgumentTypeError(f"{text!r} is not a JSON object")
+        raise ArgumentTypeError(f"{text[:200]!r} is not a JSON object")
     return value
 
 
-def _read_config(path: str) -> dict[str, Any]:
-    import yaml
-
+def _finite(text: str) -> float:
     try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RankwiseError(
-            f"cannot read --config {path}: {' '.join(str(error).split())}"
-        ) from error
-    if not isinstance(config, dict):
+        number = float(text)
+    except ValueError as error:
+        raise ArgumentTypeError(f"{text[:200]!r} is no number") from error
+    if not math.isfinite(number):
+        raise ArgumentTypeError(f"{text} is no finite number")
+    return number
+
+
+def _whole(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError as error:
+        raise ArgumentTypeError(f"{text[:200]!r} is no integer") from error
+    if abs(number) >= 2**63:
+        raise ArgumentTypeError(f"{text[:30]} is out of range")
+    return number
+
+
+def _plain(text: str) -> str:
+    """A text that every file, record and system call can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ArgumentTypeError(f"{text!r} is no UTF-8 text; rename what it names") from error
+    if "\0" in text:
+        raise ArgumentTypeError(f"{text!r} has a NUL character in it")
+    return text
+
+
+def _reader(kind: Any) -> Any:
+    readers: dict[Any, Any] = {float: _finite, int: _whole, str: _plain}
+    return readers.get(kind, kind)
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    config = read_yaml(os.path.expanduser(path), _ConfigError)
+    if config is not None and not isinstance(config, dict):
         raise RankwiseError(
             f"--config {path} holds a {type(config).__name__}; it has to map flags to values"
         )
-    return config
+    return config or {}
 
 
-def _config_flags(path: str, actions: dict[str, Action]) -> list[str]:
+class _ConfigError(RankwiseError):
+    """Says that it was the file of `--config`."""
+
+    def __init__(self, message: str):
+        super().__init__(message.replace("cannot read ", "cannot read --config ", 1))
+
+
+def _config_flags(path: str, actions: dict[str, Action], elsewhere: Mapping[str, str]) -> list[str]:
     """A YAML file as flags, so that its values are read and checked as those of flags are."""
     flags = []
     for key, value in _read_config(path).items():
+        if key in elsewhere and key not in actions:
+            continue  # for another command or method that shares the file
         if key in ("help", "config") or key not in actions:
-            raise RankwiseError(f"--config {path} has {str(key)!r}, which is no flag; see --help")
+            hint = _hint(f"--{key}", [*actions], elsewhere)
+            raise RankwiseError(
+                f"--config {path} has {str(key)!r}, which is no flag{hint or '; see --help'}"
+            )
         several = actions[key].nargs == "+"
         if isinstance(value, list) and not several:
             raise RankwiseError(f"--config {path}: {key} is {value}; it takes one value")
@@ -199,4 +269,6 @@ def _config_flags(path: str, actions: dict[str, Action]) -> list[str]:
 
 
 def _text(value: Any) -> str:
+    import json
+
     return json.dumps(value) if isinstance(value, bool | dict) else str(value)

@@ -1,9 +1,9 @@
 """Flags to a `Job`: the task, the base model and the TrainingArguments that they name."""
 
-from collections.abc import Sequence
+import types
+import typing
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from hashlib import sha256
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.cli.arguments import (
@@ -13,6 +13,7 @@ from rankwise.cli.arguments import (
     OutputArguments,
     check_ranges,
     flag,
+    flags_elsewhere,
     required,
 )
 from rankwise.cli.flags import Group, parse, read_flag
@@ -39,6 +40,7 @@ def parse_job(
     *,
     method: str,
     more: Sequence[Any] = (),
+    hidden: Iterable[str] = (),
     **defaults: Any,
 ) -> list[Any]:
     """A method, model, data, fit and output flags, and those of `more`, in this order.
@@ -49,18 +51,20 @@ def parse_job(
         command, description, argv: as `flags.parse`.
         method: its name where `--method` is not given; "" for a command without a method.
         more: instances of further flag classes.
+        hidden: flags that the command has no use for; see `Group`.
         **defaults: of the command, by flag.
     """
     name = read_flag(command, argv, "method", method) if method else ""
+    unused, elsewhere = frozenset(hidden), flags_elsewhere()
     groups = [
-        Group("model", ModelArguments()),
-        Group("data", DataArguments()),
-        Group("training", FitArguments()),
-        Group("output", OutputArguments()),
+        Group("model", ModelArguments(), unused),
+        Group("data", DataArguments(), unused),
+        Group("training" if method else "evaluation", FitArguments(), unused),
+        Group("output", OutputArguments(), unused),
         *(Group((type(part).__doc__ or "").rstrip(".").lower(), part) for part in more),
     ]
     if not name:
-        parts = parse(command, description, groups, argv, **defaults)
+        parts = parse(command, description, groups, argv, elsewhere, **defaults)
         check_ranges(parts)
         return parts
     like = by_name(name)
@@ -69,7 +73,7 @@ def parse_job(
     flags = {k: v for k, v in defaults.items() if k in known}
     title = f"{like.title} ({like.source})" if like.source else like.title
     groups = [which, Group(title, like), *groups]
-    _, chosen, *parts = parse(command, description, groups, argv, **flags)
+    _, chosen, *parts = parse(command, description, groups, argv, elsewhere, **flags)
     check_ranges([chosen, *parts])
     return [chosen, *parts]
 
@@ -127,14 +131,19 @@ def training_arguments(fit: FitArguments) -> "TrainingArguments":
     values = asdict(fit)
     extra = values.pop("training_arguments") or {}
     ours = {*values, "output_dir", "save_strategy", "label_names", "eval_strategy"}
+    if extra.get("dataloader_drop_last"):
+        raise RankwiseError(
+            "--training_arguments: dataloader_drop_last would leave rows out of the figures too; "
+            "leave it out"
+        )
     if clash := sorted(set(extra) & ours):
         raise RankwiseError(f"--training_arguments: {clash[0]} is set elsewhere; leave it out")
     if secret := [key for key in extra if key.endswith("token")]:
         raise RankwiseError(f"--training_arguments: {secret[0]} would be written to metrics.json")
-    defaults = {f.name: f.default for f in fields(TrainingArguments)}
+    kinds = typing.get_type_hints(TrainingArguments)
     for key, value in extra.items():
-        if isinstance(defaults.get(key), int | float) and not isinstance(value, int | float):
-            raise RankwiseError(f"--training_arguments: {key} is {value!r}; it has to be a number")
+        if (wanted := _mistyped(value, kinds.get(key, Any))) is not None:
+            raise RankwiseError(f"--training_arguments: {key} is {value!r}; it has to be {wanted}")
     if values.pop("group_by_length"):
         values["train_sampling_strategy"] = "group_by_length"
     common = {
@@ -152,10 +161,25 @@ def training_arguments(fit: FitArguments) -> "TrainingArguments":
     return args
 
 
+def _mistyped(value: Any, kind: Any) -> str | None:
+    """What a value should be, in words, where it cannot be of a kind; None where it may be."""
+    kinds = typing.get_args(kind) if typing.get_origin(kind) in _UNIONS else (kind,)
+    plain = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    if value is None or not all(k in plain or k is type(None) for k in kinds):
+        return None
+    if isinstance(value, bool):
+        fits = bool in kinds
+    elif isinstance(value, int):
+        fits = int in kinds or float in kinds
+    else:
+        fits = isinstance(value, tuple(kinds))
+    return None if fits else " or ".join(plain[k] for k in kinds if k in plain)
+
+
+_UNIONS = (typing.Union, types.UnionType)
+
+
 def settings_of(method: Method, *parts: Any) -> dict[str, Any]:
-    """A run's flags, which a run that goes on has to share; of a plan what the file holds."""
+    """A run's flags: those that a run that goes on has to share, and those that act afterwards."""
     flags = {key: value for part in parts for key, value in asdict(part).items()}
-    about: dict[str, Any] = {"name": type(method).__name__, **asdict(method)}
-    if (file := about.get("plan")) is not None:
-        about["plan"] = "of sha256 " + sha256(Path(file).read_bytes()).hexdigest()[:12]
-    return flags | {"method": about}
+    return flags | {"method": method.trained_by(), "after": method.describe()}

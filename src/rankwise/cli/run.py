@@ -40,11 +40,15 @@ def run(
     """The whole job, in stages that a resumed run does not repeat. Returns the output folder."""
     target = required(output.output_dir, "output_dir", command)
     wanted = parse_controls(controls.control)
+    from rankwise.workspace import check_output, finish, is_finished, open_workspace
+
+    resume = output.resume_from_checkpoint
+    check_output(target, output.overwrite_output_dir, resume)
     job = load(command, model, data, fit)
     from rankwise import job as jobs
-    from rankwise.cli.show import console, report
+    from rankwise.cli.show import report, say
     from rankwise.report import verdict
-    from rankwise.workspace import finish, open_workspace
+    from rankwise.result import Result
 
     base = jobs.check(method, job)
     for name, flags in wanted.values():
@@ -54,15 +58,19 @@ def run(
             if flags:
                 raise
     settings = settings_of(method, model, data, fit, controls)
-    resume = output.resume_from_checkpoint
+    settings["rests_on"] = jobs.rests_on(job, base)
+    if resume and is_finished(target, settings):
+        say("this run is finished already")
+        show(Result.load(Path(target) / "metrics.json"), Path(target))
+        return Path(target)
     work = open_workspace(target, output.overwrite_output_dir, resume, settings)
     count = 1 + len(wanted)
-    console.print(f"[bold]1/{count}[/bold] {method.title}")
+    say(f"1/{count} {method.title}")
     ours = jobs.run_method(method, job, work, resume, base)
     results: list[Result] = []
     for number, (arm, (name, flags)) in enumerate(wanted.items(), 2):
         control = _control(name, flags, method, ours.lora_parameters)
-        console.print(f"[bold]{number}/{count}[/bold] {control.title}, on the same rows")
+        say(f"{number}/{count} {control.title}, on the same rows")
         if (found := _train_control(control, method, job, work, arm, resume)) is not None:
             results.append(found)
     results = [*ours.controls, *results]  # its own rivals first
@@ -128,7 +136,7 @@ def _train_control(
     control: Method, method: Method, job: "Job", work: Path, arm: str, resume: bool
 ) -> "Result | None":
     """The control's result; None, and a line that says why, where there is none of this size."""
-    from rankwise.cli.show import console
+    from rankwise.cli.show import say
     from rankwise.job import run_method, split_rows
 
     # a method that hands over what it trained saw these rows alone, so its controls get no others
@@ -138,7 +146,7 @@ def _train_control(
     try:
         result = run_method(control, job, folder, resume, rows=rows)
     except PlanError as error:
-        console.print(f"no {arm} control: {error}")
+        say(f"no {arm} control: {error}")
         return None
     if (folder / "plan.json").is_file():
         RankPlan.load(folder / "plan.json").save(work / "controls" / f"{arm}.json")
@@ -149,23 +157,22 @@ def show(result: "Result", folder: Path) -> None:
     """Prints a finished run: curve, table, verdict, and where things are."""
     from rankwise.adapter import OTHER_SIZES
     from rankwise.choose import Curve
-    from rankwise.cli.show import console
+    from rankwise.cli.show import say
     from rankwise.report import choice, print_curve, print_table
 
     if result.curve is not None:
         print_curve(Curve.from_dict(result.curve))
     print_table([result, *result.controls])
     for said in filter(None, (choice(result), result.verdict)):
-        console.print(said)
+        say(said)
     more = next((name for name in OTHER_SIZES if (folder / name).is_dir()), None)
     if more is not None:
-        console.print(f"every other size is in {folder / more}, cut in seconds and without data:")
+        say(f"every other size is in {folder / more}, cut in seconds and without data:")
         curve = result.curve or {"unit": "rank", "sizes": [1]}
         flag = "rank" if curve["unit"] == "rank" else "budget"
         picked = result.lora_parameters or 0
         smaller = [size for size in curve["sizes"] if flag == "rank" or size < picked]
         size = max(smaller, default=curve["sizes"][0])
-        command = f"rankwise cut --adapter {folder} --{flag} {size} --output_dir DIR"
-        console.print(f"  {command}", soft_wrap=True)
-    made = ", ".join(path.name for path in sorted(folder.iterdir()))
-    console.print(f"in {folder}: {made}")
+        say(f"  rankwise cut --adapter {folder} --{flag} {size} --output_dir DIR")
+    made = ", ".join(p.name for p in sorted(folder.iterdir()) if not p.name.startswith("."))
+    say(f"in {folder}: {made}")

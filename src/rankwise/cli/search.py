@@ -24,18 +24,25 @@ def main(argv: Sequence[str]) -> None:
     target = required(output.output_dir, "output_dir", "search")
     if not method.chooses:
         raise RankwiseError(f"{method.title} chooses nothing; use rankwise run --method ...")
+    from rankwise.workspace import check_output, finish, is_finished, open_workspace
+
+    resume = output.resume_from_checkpoint
+    check_output(target, output.overwrite_output_dir, resume)
     job = load("search", model, data, fit)
     from rankwise import job as jobs
     from rankwise.cli.run import show
-    from rankwise.cli.show import console, report
+    from rankwise.cli.show import report, say
     from rankwise.files import write_json
     from rankwise.plan import RankPlan
     from rankwise.report import save_heatmap
-    from rankwise.workspace import finish, open_workspace
 
     base = jobs.check(method, job)
-    resume = output.resume_from_checkpoint
     settings = settings_of(method, model, data, fit)
+    settings["rests_on"] = jobs.rests_on(job, base)
+    if resume and is_finished(target, settings):
+        say("this search is finished already")
+        say(summary(RankPlan.load(Path(target) / "plan.json"), Path(target)))
+        return
     work = open_workspace(target, output.overwrite_output_dir, resume, settings)
     if method.anew:
         plan, found = jobs.choose_stage(method, job, work, resume, base)
@@ -47,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
         report(result, work)
         folder = finish(work, target)
         show(result, folder)
-    console.print(summary(RankPlan.load(folder / "plan.json"), folder))
+    say(summary(RankPlan.load(folder / "plan.json"), folder))
 
 
 def summary(plan: "RankPlan", folder: Path) -> str:

@@ -5,12 +5,18 @@ from pathlib import Path
 from rich.console import Console
 
 from rankwise.choose import Curve
+from rankwise.escape import terminal
 from rankwise.methods import from_description
 from rankwise.plan import RankPlan
 from rankwise.report import save_curves, save_heatmap, write_card
 from rankwise.result import Result
 
-console = Console(stderr=True)
+
+def say(text: str) -> None:
+    """Prints a line on standard error; nothing in it is markup, or moves the cursor."""
+    Console(stderr=True, markup=False, emoji=False, highlight=False).print(
+        terminal(text), soft_wrap=True
+    )
 
 
 def report(result: Result, folder: Path) -> None:

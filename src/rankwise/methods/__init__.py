@@ -79,12 +79,18 @@ def from_description(about: Any) -> Method:
         RankwiseError: no such method, or flags that it does not have.
     """
     settings = dict(about) if isinstance(about, Mapping) else {}
-    kind = _CLASSES.get(settings.pop("name", ""))
+    name = settings.pop("name", "")
+    kind = _CLASSES.get(name) if isinstance(name, str) else None
     if kind is None:
         raise RankwiseError(
-            f"{about!r} describes no method; there are {', '.join(sorted(_CLASSES))}"
+            f"{str(about)[:200]!r} describes no method; there are {', '.join(sorted(_CLASSES))}"
         )
-    return kind().with_flags(**settings)
+    try:
+        return kind().with_flags(**settings)
+    except (TypeError, ValueError) as error:
+        raise RankwiseError(
+            f"{str(about)[:200]!r} describes no method: {' '.join(str(error).split())}"
+        ) from error
 
 
 __all__ = [

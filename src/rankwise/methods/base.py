@@ -13,6 +13,7 @@ this folder imports torch, transformers or PEFT before a slot is called, so that
 help are there at once.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -31,9 +32,17 @@ if TYPE_CHECKING:
 AnyMethod = TypeVar("AnyMethod", bound="Method")
 
 
-def flag(default: Any, text: str, *, path: bool = False) -> Any:
-    """A field of a method: its default, its help on the command line, and whether it is a path."""
-    return field(default=default, metadata={"help": text, "path": path})
+def flag(default: Any, text: str, *, path: bool = False, after: bool = False) -> Any:
+    """A field of a method.
+
+    Args:
+        default: its default.
+        text: its help on the command line.
+        path: whether it names a file or folder, which the record then holds by its last part.
+        after: whether it acts only when the training is over, in `keep` and later: a stopped run
+            may go on with another value.
+    """
+    return field(default=default, metadata={"help": text, "path": path, "after": after})
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,12 @@ class Method:
         if taken:
             raise TypeError(f"{cls.__name__}: {taken[0]!r} is a slot; name the flag otherwise")
 
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise RankwiseError(f"{f.name} is {value}; it has to be a finite number")
+
     title: ClassVar[str] = ""
     source: ClassVar[str] = ""
     claim: ClassVar[str] = ""
@@ -130,6 +145,16 @@ class Method:
         for f in fields(self):
             if f.metadata.get("path") and flags[f.name] is not None:
                 flags[f.name] = Path(flags[f.name]).name
+        return {"name": type(self).__name__, **flags}
+
+    def trained_by(self) -> dict[str, Any]:
+        """The class and those flags that its training hangs on: of a path, what lies there."""
+        from rankwise.files import content
+
+        flags = {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata.get("after")}
+        for f in fields(self):
+            if f.metadata.get("path") and flags.get(f.name) is not None:
+                flags[f.name] = f"of sha256 {content(Path(flags[f.name]))[:12]}"
         return {"name": type(self).__name__, **flags}
 
     def with_flags(self: AnyMethod, **flags: Any) -> AnyMethod:
@@ -229,7 +254,34 @@ class Method:
         """
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(model, str(folder))
+        loaded = PeftModel.from_pretrained(model, str(folder))
+        check_whole(loaded, folder)
+        return loaded
+
+
+def check_whole(model: Any, folder: Path) -> None:
+    """Raises AdapterError where a PEFT model was loaded from half an adapter, or from NaN.
+
+    PEFT itself leaves what the file lacks as it was drawn, and says so in a warning.
+    """
+    import torch
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    from rankwise.errors import AdapterError
+
+    wanted = get_peft_model_state_dict(model)
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        there = set(file.keys())
+    if lacking := sorted(set(wanted) - there):
+        raise AdapterError(f"{folder} lacks {lacking[0]!r}; the file is incomplete, copy it again")
+    if odd := sorted(there - set(wanted)):
+        raise AdapterError(
+            f"{folder} has {odd[0]!r}, unlike the model; it was trained on another one"
+        )
+    for name, tensor in wanted.items():
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"{folder} has NaN or infinite weights in {name!r}; train it anew")
 
 
 _SLOTS |= {name for name, value in vars(Method).items() if callable(value) and name[0] != "_"}
@@ -247,6 +299,7 @@ class LoraMethod(Method):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.target_modules, list | tuple):
             names = tuple(self.target_modules)
             if names == ("all-linear",):  # as the command line gives it

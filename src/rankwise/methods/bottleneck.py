@@ -4,9 +4,7 @@ An adapter computes h + up(act(down(h))) on the output of a sub-layer, before th
 input to it. PEFT has no such adapter, so these have a small format of their own.
 """
 
-import json
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rankwise.errors import AdapterError, ModelError
-from rankwise.files import replace_folder, write_json
+from rankwise.files import new_folder, write_json
 from rankwise.lora import HEADS
+from rankwise.reading import read_json
 
 FORMAT, WEIGHTS, CONFIG = "rankwise-bottleneck/1", "bottleneck.safetensors", "bottleneck.json"
 
@@ -231,19 +230,12 @@ def save(model: nn.Module, layout: Layout, folder: str | Path) -> None:
         layout: what it was given.
         folder: gets `bottleneck.safetensors` and `bottleneck.json`.
     """
-    target = Path(folder)
-    work = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
-    work.mkdir(parents=True)
-    try:
+    with new_folder(Path(folder)) as work:
         tensors = {name: p.detach().contiguous() for name, p in trainable(model)}
         save_file(tensors, work / WEIGHTS, metadata={"format": "pt"})
         config: Any = model.config
         about = {"format": FORMAT, "model_type": config.model_type, **asdict(layout)}
         write_json(work / CONFIG, about)
-        replace_folder(work, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def load(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -281,7 +273,7 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
 def _read(folder: Path, model: nn.Module) -> tuple[Layout, dict[str, Tensor]]:
     """The layout and the tensors in a folder, which have to be for a model of this type."""
     try:
-        about = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        about = read_json(folder / CONFIG)
         if not isinstance(about, dict) or about.pop("format", None) != FORMAT:
             raise ValueError(f"{CONFIG} is not of the format {FORMAT}")
         trained_on = about.pop("model_type", None)

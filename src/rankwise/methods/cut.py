@@ -56,13 +56,17 @@ class CutByData(LoraMethod):
     chooses: ClassVar[bool] = True
     takes_validation: ClassVar[bool] = True
 
-    budget: int | None = flag(None, "hand over this size, in parameters, whatever the curve says")
+    budget: int | None = flag(
+        None, "hand over this size, in parameters, whatever the curve says", after=True
+    )
     margin: float | None = flag(
         None, "how much worse than all pieces is as good, in the metric's units; without it, 0.01, "
-        "or one standard error of the metric where the rows cannot tell 0.01"
+        "or one standard error of the metric where the rows cannot tell 0.01", after=True
     )  # fmt: skip
-    sizes: int = flag(8, "sizes on the curve, each half of the one before")
-    order_rows: int = flag(400, "held-out rows that make the order, at most half; the rest judge")
+    sizes: int = flag(8, "sizes on the curve, each half of the one before", after=True)
+    order_rows: int = flag(
+        400, "held-out rows that make the order, at most half; the rest judge", after=True
+    )
     validation_fraction: float = flag(
         0.2, "share of the training rows that is held out, where there are no validation rows"
     )

@@ -53,11 +53,17 @@ class DyLoRA(LoraMethod):
     )
     validation_fraction: float = flag(0.1, "share of the training rows that compares the ranks")
     tolerance: float | None = flag(
-        None, "how far below the best rank the picked one may lie; without it, one standard error"
+        None,
+        "how far below the best rank the picked one may lie; without it, one standard error",
+        after=True,
     )
-    pick_rank: int | None = flag(None, "hand over this rank, whatever the curve says")
-    budget: int | None = flag(None, "hand over the largest rank of at most so many parameters")
-    by_layer: bool = flag(False, "within the budget choose ranks layer by layer, by loss")
+    pick_rank: int | None = flag(None, "hand over this rank, whatever the curve says", after=True)
+    budget: int | None = flag(
+        None, "hand over the largest rank of at most so many parameters", after=True
+    )
+    by_layer: bool = flag(
+        False, "within the budget choose ranks layer by layer, by loss", after=True
+    )
     nested_adapter: str | None = flag(
         None, "folder of a finished run: choose anew out of what it trained, on its rows", path=True
     )

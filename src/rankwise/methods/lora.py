@@ -124,16 +124,15 @@ class LoraGrid(LoraMethod):
         self, model: "nn.Module", plan: RankPlan, setting: Setting, folder: Path
     ) -> dict[str, Any]:
         """The held-out metrics of LoRA at one rank, kept in a file for a run that goes on."""
-        import json
-
         from transformers import set_seed
 
         from rankwise.files import write_json
         from rankwise.lora import restored
+        from rankwise.reading import read_json
 
         file = folder / f"rank-{max(plan.ranks.values())}.json"
         if file.is_file():
-            return json.loads(file.read_text())
+            return read_json(file)
         set_seed(setting.args.seed)
         with restored(model):
             trainer = self.trainer(self.attach(model, plan, setting), plan, setting)

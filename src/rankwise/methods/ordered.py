@@ -25,8 +25,10 @@ class OrderMethod(LoraMethod):
         RankwiseError: rank and budget together, or a rank that the adapter does not have.
     """
 
-    rank: int | None = flag(None, "so many pieces of every module; without a size, r / 2")
-    budget: int | None = flag(None, "at most so many parameters, over all modules")
+    rank: int | None = flag(
+        None, "so many pieces of every module; without a size, r / 2", after=True
+    )
+    budget: int | None = flag(None, "at most so many parameters, over all modules", after=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,11 +27,15 @@ class SvdCut(LoraMethod):
     title: ClassVar[str] = "LoRA, cut by SVD"
     source: ClassVar[str] = "Eckart and Young 1936; PEFT's convert_to_lora"
 
-    rank: int | None = flag(None, "this rank everywhere; without a size, r / 2")
+    rank: int | None = flag(None, "this rank everywhere; without a size, r / 2", after=True)
     energy: float | None = flag(
-        None, "the smallest rank of each module that keeps this share of its update's energy"
+        None,
+        "the smallest rank of each module that keeps this share of its update's energy",
+        after=True,
     )
-    budget: int | None = flag(None, "at most so many parameters, by energy per parameter")
+    budget: int | None = flag(
+        None, "at most so many parameters, by energy per parameter", after=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,14 +1,15 @@
 """The model card of an adapter: what it is, its ranks, its figures and those of the controls."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from rankwise.adapter import card_header
 from rankwise.errors import RankwiseError
+from rankwise.escape import markdown
 from rankwise.files import write_text
 from rankwise.methods import from_description
 from rankwise.plan import RankPlan
+from rankwise.reading import read_json
 from rankwise.report.heatmap import grid
 from rankwise.result import Result
 
@@ -30,12 +31,12 @@ def write_card(folder: Path, result: Result, plan: RankPlan | None) -> None:
     """
     method = from_description(result.method)
     config = folder / "adapter_config.json"
-    base = json.loads(config.read_text()).get("base_model_name_or_path") if config.exists() else ""
+    base = read_json(config).get("base_model_name_or_path") if config.exists() else ""
     ranks = [] if plan is None else ["## Ranks", "", *_rank_table(plan), ""]
     scaling = "" if plan is None else f" Scaling {plan.scaling:g} (lora_alpha / r) in every layer."
     kind = "LoRA adapter" if plan is not None else f"{result.name}, {method.product}"
     body = [
-        f"# {kind} for {result.model} on {result.task['name']}",
+        f"# {markdown(kind)} for {markdown(result.model)} on {markdown(result.task['name'])}",
         "",
         LOADED[method.stock],
         f"It has {result.trainable_parameters:,} trained parameters, task head included."
@@ -78,29 +79,32 @@ def _choice(plan: RankPlan) -> str:
 
 
 def _method(plan: RankPlan) -> str:
+    method = plan.provenance.get("method")
     try:
-        return from_description(plan.provenance.get("method")).says(plan)
-    except RankwiseError:
-        method = plan.provenance.get("method")
-        return f"a {method} plan" if isinstance(method, str) else "a plan made by hand"
+        return markdown(from_description(method).says(plan))
+    except (RankwiseError, TypeError, ValueError, KeyError, AttributeError):  # another tool's
+        return f"a {markdown(method)} plan" if isinstance(method, str) else "a plan made by hand"
 
 
 def _rank_table(plan: RankPlan) -> list[str]:
     layers, matrices, ranks = grid(plan)
-    lines = ["| layer | " + " | ".join(matrices) + " |", "| --- |" + " ---: |" * len(matrices)]
+    names = [markdown(name) for name in matrices]
+    lines = ["| layer | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(matrices)]
     for i, layer in enumerate(layers):
         cells = ["" if row[i] is None else str(row[i]) for row in ranks]
-        lines.append(f"| {layer} | " + " | ".join(cells) + " |")
+        lines.append(f"| {markdown(layer)} | " + " | ".join(cells) + " |")
     return lines
 
 
 def _figures(results: Sequence[Result]) -> list[str]:
     metrics = results[0].task["metrics"]
     lines = [
-        "| method | " + " | ".join(metrics) + " | trainable parameters |",
+        "| method | " + " | ".join(map(markdown, metrics)) + " | trainable parameters |",
         "| --- |" + " ---: |" * (len(metrics) + 1),
     ]
     for result in results:
         cells = [f"{result.metrics[m]:.4f}" if m in result.metrics else "" for m in metrics]
-        lines.append(f"| {result.name} | {' | '.join(cells)} | {result.trainable_parameters:,} |")
+        lines.append(
+            f"| {markdown(result.name)} | {' | '.join(cells)} | {result.trainable_parameters:,} |"
+        )
     return lines

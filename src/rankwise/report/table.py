@@ -6,10 +6,10 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from rankwise.choose import Curve, interval
+from rankwise.escape import markup as escape
 from rankwise.result import Result
 from rankwise.tasks.metrics import find_metric
 

@@ -40,6 +40,7 @@ class Task(ABC):
         train: None when only an evaluation set was given.
         validation: None when only a test set was given.
         test: None when there is none, or its labels are hidden.
+        found: all columns that the rows had, for messages.
 
     A kind of task is a subclass in a file of its own. It fills the abstract methods, may replace
     those marked as a slot, and says in class attributes:
@@ -65,6 +66,7 @@ class Task(ABC):
     train: Dataset | None = None
     validation: Dataset | None = None
     test: Dataset | None = None
+    found: tuple[str, ...] = ()
 
     kind: ClassVar[str]
     task_type: ClassVar[str]

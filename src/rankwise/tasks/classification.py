@@ -35,6 +35,8 @@ class Classification(Task):
         """
         label, from_train = self.label, self.label_names is None
         values = {split: _class_values(there, label, split) for split, there in rows.items()}
+        for split, found in values.items():
+            _check_types(found, label, split)
         if self.label_names is None:
             if "train" not in values:
                 raise DataError("the classes are unknown without train rows; give label_names=")
@@ -102,6 +104,18 @@ def _class_value(value: Any, label: str, split: str, row: int) -> int | str:
         return int(value)
     # bool before int: True is an int too, but its name is "True".
     return value if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _check_types(values: list[Any], label: str, split: str) -> None:
+    """Raises DataError where one name stands for two labels: the number 1 and the text "1"."""
+    first: dict[str, tuple[int, Any]] = {}
+    for row, value in enumerate(values, 1):
+        before, other = first.setdefault(str(value), (row, value))
+        if type(other) is not type(value):
+            raise DataError(
+                f"{split} rows {before} and {row}: {label!r} is {other!r} in one and {value!r} in "
+                "the other, a number and a text; write all labels as the same type"
+            )
 
 
 def _class_numbers(

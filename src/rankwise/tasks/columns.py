@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from rankwise.errors import DataError
 from rankwise.tasks.checks import Rows, check_column, parse_numbers
 from rankwise.tasks.kinds import find_kind
+
+logger = logging.getLogger(__name__)
 
 _LABEL_COLUMNS = ("label", "labels")
 _TAG_COLUMNS = ("ner_tags", "tags", "labels")
@@ -91,6 +94,12 @@ def _guess_kind(rows: Rows, text: tuple[str, ...], label_column: str | None) -> 
         return "tagging"
     label = label_column or _guess_label(rows, text)
     if label is None and text in (("text",), ("prompt", "completion")):
+        if rows.keys() > set(text):
+            logger.warning(
+                "no label column among %s: %s is learned as a text, by a language model; else "
+                "give --label_column",
+                *(", ".join(rows), " and ".join(text)),
+            )
         return "causal_lm"
     if label is None or label not in rows:
         return "classification"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.errors import DataError
+from rankwise.reading import Unreadable, parse_json
 from rankwise.tasks.checks import Rows
 from rankwise.tasks.known import SPLITS, KnownTask
 
@@ -79,7 +79,7 @@ def read_file(path: str | Path) -> Rows:
     Raises:
         DataError: missing, empty or malformed; the message names the file and the line.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise DataError(f"no file {str(path)!r}; {_neighbours(path)}")
     readers = {
@@ -94,6 +94,8 @@ def read_file(path: str | Path) -> Rows:
         rows = readers[path.suffix](path)
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error}); convert it to UTF-8") from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     if count(rows) == 0:
         raise DataError(f"{path} has no rows; give a file with at least one")
     return rows
@@ -103,9 +105,10 @@ def _read_json(path: Path) -> Rows:
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".json" and text.lstrip().startswith("["):
         try:
-            return _by_column(enumerate(json.loads(text), 1), path, "item")
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg}); mend it") from error
+            return _by_column(enumerate(parse_json(text, finite=False), 1), path, "item")
+        except Unreadable as error:
+            where = f"{path}:{error.line}" if error.line else str(path)
+            raise DataError(f"{where}: {error}; mend it") from error
     # Not splitlines(): a JSON string may hold U+2028, which that would cut at.
     lines = ((n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
     return _by_column(((n, _parse_line(path, n, line)) for n, line in lines), path, "line")
@@ -113,11 +116,10 @@ def _read_json(path: Path) -> Rows:
 
 def _parse_line(path: Path, number: int, line: str) -> Any:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
+        return parse_json(line, finite=False)
+    except Unreadable as error:
         raise DataError(
-            f"{path}:{number}: not a line of JSON ({error.msg} at column {error.colno}); "
-            "write one JSON object a line"
+            f"{path}:{number}: not a line of JSON ({error}); write one JSON object a line"
         ) from error
 
 
@@ -132,7 +134,15 @@ def _by_column(items: Iterable[tuple[int, Any]], path: Path, unit: str) -> Rows:
         found.append(item)
     # A row may lack a column that another has.
     names = dict.fromkeys(name for item in found for name in item)
-    return {name: [item.get(name) for item in found] for name in names}
+    return _named({name: [item.get(name) for item in found] for name in names}, path)
+
+
+def _named(rows: Rows, path: Path) -> Rows:
+    """The columns without the spaces around their names that a hand or a spreadsheet left."""
+    named = {name.strip(): values for name, values in rows.items()}
+    if len(named) < len(rows):
+        raise DataError(f"{path}: a column name is there twice: {', '.join(rows)}")
+    return named
 
 
 def _read_csv(path: Path) -> Rows:
@@ -141,6 +151,12 @@ def _read_csv(path: Path) -> Rows:
         reader = csv.reader(file)
         try:
             header = next(reader, [])
+            if any(name != name.lstrip() for name in header[1:]):
+                # `text, label`: the space behind a comma belongs to no cell of this file
+                file.seek(0)
+                reader = csv.reader(file, skipinitialspace=True)
+                header = next(reader, [])
+            header = [name.strip() for name in header]
             rows: Rows = {name: [] for name in header}
             if len(rows) != len(header):
                 raise DataError(f"{path}:1: a column name is there twice: {', '.join(header)}")
@@ -160,38 +176,90 @@ def _read_csv(path: Path) -> Rows:
 
 
 def _read_parquet(path: Path) -> Rows:
+    """Texts, numbers and lists of them. Nothing is decoded: what the metadata calls an image is
+    left alone, with the address or the path that it may name."""
     import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
     import pyarrow.parquet as pq  # type: ignore[import-untyped, unused-ignore]
-    from datasets import Dataset
 
     try:
-        return _plain_rows(Dataset(pq.read_table(path)))
-    except (pa.ArrowException, OSError) as error:
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            if len(set(schema.names)) < len(schema.names):
+                raise DataError(f"{path}: a column name is there twice: {', '.join(schema.names)}")
+            plain = [name for name in schema.names if _is_plain(schema.field(name).type, pa)]
+            # what is no text, number or list of them keeps its name, so that a message can say it
+            stubs: Rows = {n: [{}] * file.metadata.num_rows for n in schema.names if n not in plain}
+            table = file.read(columns=plain) if plain else None
+            found: Rows = {} if table is None else {n: table[n].to_pylist() for n in plain}
+    except (pa.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(
             f"{path} cannot be read as Parquet ({_first_line(error)}); write it again"
         ) from error
+    for name, names in _class_names(schema.metadata, path).items():
+        if name in found:
+            found[name] = [_named_class(value, names, path, name) for value in found[name]]
+    return _named({name: found.get(name, stubs.get(name, [])) for name in schema.names}, path)
+
+
+def _is_plain(kind: Any, pa: Any) -> bool:
+    """Whether Arrow values of a type are texts, numbers, dates, or lists of them."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return _is_plain(kind.value_type, pa)
+    if pa.types.is_dictionary(kind):
+        return _is_plain(kind.value_type, pa)
+    odd = pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    return not (odd or isinstance(kind, pa.BaseExtensionType))
+
+
+def _class_names(metadata: Any, path: Path) -> dict[str, list[str]]:
+    """By column, the names of the classes that `datasets` wrote beside the numbers."""
+    try:
+        about = parse_json((metadata or {}).get(b"huggingface", b"{}").decode())
+        features = about.get("info", {}).get("features", {})
+        found = {}
+        for name, feature in features.items():
+            inner = feature.get("feature", feature) if isinstance(feature, dict) else {}
+            if isinstance(inner, dict) and inner.get("_type") == "ClassLabel":
+                found[name] = [str(one) for one in inner["names"]]
+        return found
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: what it says of its columns (the metadata 'huggingface') cannot be read: "
+            f"{_first_line(error)}; write it again"
+        ) from error
+
+
+def _named_class(value: Any, names: list[str], path: Path, column: str) -> Any:
+    """The name of a class by its number, in lists too. -1 stands for a hidden label: no name."""
+    if isinstance(value, list):
+        return [_named_class(one, names, path, column) for one in value]
+    if value is None or not isinstance(value, int) or value < 0:
+        return value
+    if value >= len(names):
+        raise DataError(
+            f"{path}: {column!r} has the class {value}, but names {len(names)} classes alone "
+            f"({', '.join(names[:12])}); write it again"
+        )
+    return names[value]
 
 
 def _plain_rows(rows: Dataset) -> Rows:
-    """Columns of Python values; class numbers that carry names become the names."""
-    from datasets import ClassLabel
+    """Columns of a set from the hub as Python values, classes by their names; no other kind is
+    decoded."""
+    from datasets import ClassLabel, Value
 
-    columns: Rows = dict(rows[:])
+    columns: Rows = {}
     for name, feature in rows.features.items():
         inner = getattr(feature, "feature", feature)
-        if not isinstance(inner, ClassLabel):
+        if not isinstance(inner, ClassLabel | Value):
             continue
-        names = inner.names
-        if inner is feature:
-            columns[name] = [_class_name(value, names) for value in columns[name]]
-        else:
-            columns[name] = [[_class_name(v, names) for v in row] for row in columns[name]]
+        columns[name] = list(rows.select_columns([name])[:][name])
+        if isinstance(inner, ClassLabel):
+            names, where = list(inner.names), Path("the hub's set")
+            columns[name] = [_named_class(v, names, where, name) for v in columns[name]]
     return columns
-
-
-def _class_name(value: int | None, names: list[str]) -> str | int | None:
-    # -1 stands for a hidden label and has no name.
-    return value if value is None or value < 0 else names[value]
 
 
 def count(rows: Rows) -> int:

@@ -81,6 +81,7 @@ def load_task(
         label_column=columns.label,
         label_names=None if label_names is None else tuple(label_names),
         metrics=(),
+        found=tuple(next(iter(rows.values()))),
     )
     empty.check_texts(rows)
     if known and columns.label and "test" in rows:
@@ -90,7 +91,26 @@ def load_task(
     splits = _cut(_datasets(named, rows), max_train_samples, max_eval_samples, test_size, seed)
     loaded = replace(named, **splits)
     loaded.check_varied()
+    _report_overlap(loaded)
     return loaded
+
+
+def _report_overlap(task: Task) -> None:
+    """Warns where rows that are evaluated were trained on: their figures would say too much."""
+    if task.train is None:
+        return
+    texts = task.text_columns
+    seen = {repr(row) for row in zip(*(task.train[name] for name in texts), strict=True)}
+    for split, rows in (("validation", task.validation), ("test", task.test)):
+        if rows is None:
+            continue
+        known = sum(repr(row) in seen for row in zip(*(rows[name] for name in texts), strict=True))
+        if known > len(rows) / 2:
+            logger.warning(
+                "%d of the %d %s rows are training rows too; what is measured on them says little "
+                "of new ones",
+                *(known, len(rows), split),
+            )
 
 
 def _name(data_dir: str | Path | None, files: dict[str, str | Path]) -> str:

@@ -102,14 +102,35 @@ def load_model(
         loading["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         config = transformers.AutoConfig.from_pretrained(name, **source, **task.head())
+        _check_decoder(task, name, config)
         model, info = getattr(transformers, task.auto_class).from_pretrained(
             name, config=config, output_loading_info=True, **source, **loading
         )
+    except ModelError:
+        raise
     except _LOAD_ERRORS as error:
         raise _not_loaded(f"model for {task.kind}", model_name_or_path, error) from error
     model.config.pad_token_id = tokenizer.pad_token_id
     task.prepare_head(model, set(info["missing_keys"]))
     return model
+
+
+def _check_decoder(task: Task, name: str, config: Any) -> None:
+    """Raises ModelError where a text is to be learned by an encoder, which sees what it predicts.
+
+    transformers would load BERT with a language model's head, and the loss would mean nothing.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    decodes = any(getattr(config, key, False) for key in ("is_decoder", "is_encoder_decoder"))
+    if task.task_type != "CAUSAL_LM" or not masked or decodes:
+        return
+    columns = f" among the columns {', '.join(task.found)}" if task.found else ""
+    raise ModelError(
+        f"{name!r} is an encoder ({config.model_type}), which is no causal language model, and no "
+        f"label column was found{columns}; give label_column=, or a decoder such as GPT-2 or Llama"
+    )
 
 
 def _options(**options: Any) -> dict[str, Any]:
