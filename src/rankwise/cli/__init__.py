@@ -13,6 +13,8 @@ COMMANDS = {
     "train": "a stock PEFT adapter at a plan's ranks, or at one rank",
     "cut": "a smaller adapter out of a trained one, without data",
     "evaluate": "the metrics of an adapter on labelled rows",
+    "compare": "methods over tasks and seeds, from a recipe",
+    "report": "what a comparison found, from its result files",
     "demo": "`run` on a small model and rows that packages ship, in five minutes",
 }
 
@@ -45,8 +47,9 @@ def main(argv: "Sequence[str] | None" = None) -> None:
         print(file=sys.stderr)  # the progress bar has not ended its line
         _fail(str(error), 1)
     except KeyboardInterrupt:
-        again = argv[0] not in ("evaluate", "cut")
-        how = "; the same command with --resume_from_checkpoint goes on" if again else ""
+        again = argv[0] not in ("evaluate", "cut", "report")
+        flag = "" if argv[0] == "compare" else " with --resume_from_checkpoint"
+        how = f"; the same command{flag} goes on" if again else ""
         print(file=sys.stderr)
         _fail(f"stopped{how}", 130)
 
