@@ -171,12 +171,17 @@ def _model(model: ModelArguments) -> dict[str, Any]:
     return about
 
 
-@cache
 def _file(path: Path) -> str:
-    """sha256 of a file, 12 digits; of a large one its size, its first and its last MiB."""
+    """sha256 of a file, 12 digits; of a large one that of its size, its first and its last MiB."""
     if not path.is_file():
         return "missing"
-    size, part = path.stat().st_size, 2**20
+    about = path.stat()
+    return _sha256(path, about.st_size, about.st_mtime_ns)
+
+
+@cache  # the time is there so that a file that changes is read again
+def _sha256(path: Path, size: int, _: int) -> str:
+    part = 2**20
     with path.open("rb") as file:
         if size <= 64 * part:
             return sha256(file.read()).hexdigest()[:12]

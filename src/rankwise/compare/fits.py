@@ -21,14 +21,14 @@ def misfits(recipe: Recipe, cells: Sequence[Cell], workers: int) -> list[str]:
         cells: those that have yet to run.
         workers: how many share this machine's memory.
     """
-    found: dict[str, None] = {}
+    found: dict[tuple[str, str], str] = {}  # the first thing wrong with a method on a task
     kinds = {(c.task.label, c.held_out is None): c for c in cells}
     for (label, counts), cell in kinds.items():
         try:
             job = cell_job(recipe, cell, cell.fit.learning_rate, ROWS)
             base = job.fresh_model()
         except RankwiseError as error:
-            found[f"{label}: {_line(error)}"] = None
+            found.setdefault((label, ""), f"{label}: {_line(error)}")
             continue
         size = sum(p.numel() * p.element_size() for p in base.parameters())
         for method in recipe.methods:
@@ -39,11 +39,12 @@ def misfits(recipe: Recipe, cells: Sequence[Cell], workers: int) -> list[str]:
             except RankwiseError as error:
                 # of what size it will be, and so whether there is a plan, is known later
                 if not (isinstance(error, PlanError) and method.same_size_as):
-                    found[f"{method.label} on {label}: {_line(error)}"] = None
+                    said = f"{method.label} on {label}: {_line(error)}"
+                    found.setdefault((label, method.label), said)
             short = _too_large(method.method, size, workers, bool(cell.fit.use_cpu))
             if short and counts:
-                found[f"{method.label}: {short}"] = None
-    return list(found)
+                found.setdefault(("", method.label), f"{method.label}: {short}")
+    return list(found.values())
 
 
 def _line(error: Exception) -> str:
