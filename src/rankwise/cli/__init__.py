@@ -17,6 +17,8 @@ COMMANDS = {
     "export": "an adapter as vLLM, llama.cpp, Ollama and others take it",
     "verify": "whether an export computes what its adapter does",
     "evaluate": "the metrics of an adapter on labelled rows",
+    "compare": "methods over tasks and seeds, from a recipe",
+    "report": "what a comparison found, from its result files",
     "demo": "`run` on a small model and rows that packages ship, in five minutes",
 }
 FULL = 2**24  # a disk with fewer free bytes is called full

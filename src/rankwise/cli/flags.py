@@ -58,8 +58,12 @@ class _HelpFormatter(HelpFormatter):
 class _Parser(ArgumentParser):
     """Its errors are one line like all others."""
 
+    hint: str | None = None
+
     def error(self, message: str) -> NoReturn:
-        raise RankwiseError(f"{message}; see {self.prog} --help")
+        if self.hint is None:
+            raise RankwiseError(f"{message}; see {self.prog} --help")
+        raise RankwiseError(f"{self.prog}: {message.replace('argument --', '')}")
 
 
 def parse(
@@ -127,6 +131,31 @@ def _hint(given: str, known: Sequence[str], elsewhere: Mapping[str, str]) -> str
         return ""
     of = "" if near[0] in known else f" of {elsewhere[near[0]]}"
     return f"; did you mean --{near[0]}{of}?"
+
+
+def read_values(where: str, like: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a dataclass of flags out of a file, read and checked as those of flags are.
+
+    Args:
+        where: names the place in the file, for errors.
+        like: an instance.
+        values: by flag; None is as good as left out.
+
+    Raises:
+        RankwiseError: an unknown key, or a value that is none.
+    """
+    parser = _Parser(where, add_help=False, allow_abbrev=False)
+    parser.hint = ""
+    _add(parser, Group("", like))
+    actions = {action.dest: action for action in parser._actions}
+    for key in values:
+        if key not in actions:
+            near = difflib.get_close_matches(str(key), actions, 1, 0.5) or [", ".join(actions)]
+            raise RankwiseError(f"{where}: no key {key!r}; did you mean {near[0]!r}?")
+    given = {key: value for key, value in values.items() if value is not None}
+    found = parser.parse_args(_as_flags(where, given, actions))
+    about = {f.name: f.metadata for f in fields(like)}
+    return {key: _value(getattr(found, key), about[key]) for key in given}
 
 
 def read_flag(command: str, argv: Sequence[str], name: str, default: str) -> str:
@@ -249,8 +278,8 @@ class _ConfigError(RankwiseError):
 
 def _config_flags(path: str, actions: dict[str, Action], elsewhere: Mapping[str, str]) -> list[str]:
     """A YAML file as flags, so that its values are read and checked as those of flags are."""
-    flags = []
-    for key, value in _read_config(path).items():
+    config = _read_config(path)
+    for key in config:
         if key in elsewhere and key not in actions:
             continue  # for another command or method that shares the file
         if key in ("help", "config") or key not in actions:
@@ -258,9 +287,16 @@ def _config_flags(path: str, actions: dict[str, Action], elsewhere: Mapping[str,
             raise RankwiseError(
                 f"--config {path} has {str(key)!r}, which is no flag{hint or '; see --help'}"
             )
+    known = {key: value for key, value in config.items() if key in actions}
+    return _as_flags(f"--config {path}", known, actions)
+
+
+def _as_flags(where: str, values: Mapping[str, Any], actions: Mapping[str, Action]) -> list[str]:
+    flags = []
+    for key, value in values.items():
         several = actions[key].nargs == "+"
         if isinstance(value, list) and not several:
-            raise RankwiseError(f"--config {path}: {key} is {value}; it takes one value")
+            raise RankwiseError(f"{where}: {key} is {value}; it takes one value")
         if several and value not in (None, []):
             flags += [f"--{key}", *map(_text, value if isinstance(value, list) else [value])]
         elif not several and value is not None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from rankwise.job import Job, Source
+    from rankwise.tasks import Task
 
 
 @dataclass
@@ -89,11 +90,19 @@ def load(
         **task: overrides for `tasks.load_task` (an adapter's own labels).
     """
     required(model.model_name_or_path, "model_name_or_path", command)
-    from rankwise import tasks
     from rankwise.cli import quiet
     from rankwise.job import load_job
 
     quiet()
+    loaded = task_of(model, data, fit, **task)
+    args = training_arguments(fit)
+    return load_job(loaded, source(model), args, data.max_length, data.eval_split, command)
+
+
+def task_of(model: ModelArguments, data: DataArguments, fit: FitArguments, **task: Any) -> "Task":
+    """The rows that the flags name; `task` overrides what goes to `tasks.load_task`."""
+    from rankwise import tasks
+
     options: dict[str, Any] = {
         "data_dir": data.data_dir,
         "train_file": data.train_file,
@@ -108,9 +117,7 @@ def load(
         "seed": fit.seed,
         "trust_remote_code": model.trust_remote_code,
     }
-    loaded = tasks.load_task(data.task, **(options | task))
-    args = training_arguments(fit)
-    return load_job(loaded, source(model), args, data.max_length, data.eval_split, command)
+    return tasks.load_task(data.task, **(options | task))
 
 
 def source(model: ModelArguments) -> "Source":

@@ -247,6 +247,13 @@ class Task(ABC):
 
         return score
 
+    def floor(self, train: Dataset, rows: Dataset) -> dict[str, float]:
+        """A slot: the metrics on encoded rows of a model that looks at no text, as far as known.
+
+        Here 0 for a metric whose range says that it is 0 for chance.
+        """
+        return {name: 0.0 for name in self.metrics if "0 for" in find_metric(name).range}
+
     @property
     def preprocess_logits(self) -> Callable[[Any, torch.Tensor], torch.Tensor] | None:
         """A slot: Trainer's preprocess_logits_for_metrics, where logits are too large to keep.

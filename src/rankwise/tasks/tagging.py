@@ -167,6 +167,10 @@ class Tagging(Task):
             for name in self.metrics
         }
 
+    def floor(self, train: Dataset, rows: Dataset) -> dict[str, float]:
+        """Without any entity found."""
+        return dict.fromkeys(("f1", "precision", "recall"), 0.0)
+
 
 def _found_tags(rows: dict[str, Rows], label: str) -> tuple[str, ...]:
     if "train" not in rows:

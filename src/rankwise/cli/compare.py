@@ -1,0 +1,159 @@
+"""`rankwise compare`: a recipe's methods, tasks and seeds as a grid of cells, run or listed."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankwise.cli.arguments import flag, required
+from rankwise.cli.flags import Group, parse
+from rankwise.errors import RankwiseError
+
+if TYPE_CHECKING:
+    from rankwise.compare.cells import Cell
+    from rankwise.compare.recipe import Recipe
+    from rankwise.compare.workers import Grid
+
+
+@dataclass
+class CompareArguments:
+    """The grid."""
+
+    recipe: str | None = flag(None, "YAML file; may stand without --recipe")
+    output_dir: str | None = flag(None, "folder for the results, cells/NAME.json; may have some")
+    data_dir: str | None = flag(None, "folder of a folder a task, instead of the recipe's")
+    model_name_or_path: str | None = flag(None, "base model, instead of the recipe's")
+    workers: int = flag(1, "cells at a time; threads and GPUs are shared out among them")
+    threads: int | None = flag(None, "threads of a cell; without it, cores / workers")
+    cell: str | None = flag(None, "run this one alone, and what it waits for")
+    list: bool = flag(False, "print a command line for each cell that is not there yet")
+    retry_failed: bool = flag(False, "run cells anew whose failure is on record")
+    snakefile: bool = flag(False, "write output_dir/Snakefile and run nothing")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Compare methods over tasks and seeds, each at its best learning rate: `compare RECIPE`."""
+    if argv and not argv[0].startswith("-"):
+        argv = ["--recipe", *argv]
+    (given,) = parse("compare", main.__doc__ or "", [Group("grid", CompareArguments())], argv)
+    from rankwise.compare.cells import cells_of
+    from rankwise.compare.recipe import read_recipe
+
+    for name in ("workers", "threads"):
+        if (value := getattr(given, name)) is not None and value < 1:
+            raise RankwiseError(f"--{name} is {value}; it has to be at least 1")
+    path = required(given.recipe, "recipe", "compare")
+    folder = Path(required(given.output_dir, "output_dir", "compare"))
+    recipe = read_recipe(path, given.data_dir, given.model_name_or_path)
+    cells = cells_of(recipe)
+    if given.list:
+        _list(cells, folder, given)
+    elif given.snakefile:
+        _snakefile(cells, folder, given)
+    elif given.cell is not None:
+        _one(recipe, cells, folder, given)
+    else:
+        _all(recipe, cells, folder, given)
+
+
+def command(given: CompareArguments, *, absolute: bool = False) -> list[str]:
+    """The command line of a cell, up to its name."""
+    paths = {"output_dir": given.output_dir, "data_dir": given.data_dir}
+    paths["model_name_or_path"] = given.model_name_or_path
+    line = ["rankwise", "compare", _path(given.recipe, absolute)]
+    for name, value in paths.items():
+        if value is not None:
+            line += [f"--{name}", _path(value, absolute)]
+    return [*line, "--cell"]
+
+
+def _path(value: Any, absolute: bool) -> str:
+    path = Path(value)
+    return str(path.resolve()) if absolute and path.exists() else str(value)
+
+
+def _list(cells: "Sequence[Cell]", folder: Path, given: CompareArguments) -> None:
+    from rankwise.compare.cells import cell_file, is_over, read_cell
+
+    for cell in cells:
+        if not is_over(read_cell(cell_file(folder, cell.name))):
+            print(shlex.join([*command(given), cell.name]))
+
+
+def _snakefile(cells: "Sequence[Cell]", folder: Path, given: CompareArguments) -> None:
+    from rankwise.cli.progress import console
+    from rankwise.compare.snakefile import write_snakefile
+
+    folder.mkdir(parents=True, exist_ok=True)
+    line = command(given, absolute=True)
+    write_snakefile(folder / "Snakefile", cells, line, given.threads or 1)
+    console.print(f"{len(cells)} cells in {folder / 'Snakefile'}; in that folder:", highlight=False)
+    console.print("  snakemake --cores all --keep-going", highlight=False)
+
+
+def _one(recipe: "Recipe", cells: "Sequence[Cell]", folder: Path, given: CompareArguments) -> None:
+    from rankwise.compare.cells import Failure, cell_file, read_cell
+    from rankwise.compare.recipe import nearest
+
+    by_name, name = {cell.name: cell for cell in cells}, given.cell or ""
+    if name not in by_name:
+        raise RankwiseError(f"the recipe has no cell {name!r}{nearest(name, list(by_name)[:20])}")
+    path = cell_file(folder, name)
+    if given.retry_failed and isinstance(read_cell(path), Failure):
+        path.unlink()
+    from rankwise.compare.execute import execute
+
+    if given.threads is not None:
+        import torch
+
+        torch.set_num_threads(given.threads)
+    found = execute(recipe, by_name, name, folder, given.workers)
+    if isinstance(found, Failure):
+        print(f"rankwise: {name} failed: {found.error}", file=sys.stderr)
+        # a failure that would be repeated is a finding like another, and what waits goes on
+        raise SystemExit(0 if found.again else 1)
+    print(path)
+
+
+def _all(recipe: "Recipe", cells: "Sequence[Cell]", folder: Path, given: CompareArguments) -> None:
+    from rankwise.cli.progress import grid_progress
+    from rankwise.compare.cells import cell_file, is_over, read_cell, set_aside
+    from rankwise.compare.workers import check_first, run_grid
+
+    said = [line for cell in cells if (line := set_aside(folder, cell.name))]
+    for line in said:
+        print(f"rankwise: {line}", file=sys.stderr)
+    left = [c for c in cells if not is_over(read_cell(cell_file(folder, c.name)))]
+    wrong = check_first(recipe, left, given.workers) if left else []
+    if wrong:
+        *others, last = wrong
+        for line in others:
+            print(f"rankwise: {line}", file=sys.stderr)
+        raise RankwiseError(f"{last}. Nothing was run: mend the recipe")
+    with grid_progress() as show:
+        grid = run_grid(
+            recipe,
+            cells,
+            folder,
+            workers=given.workers,
+            threads=given.threads,
+            retry_failed=given.retry_failed,
+            show=show,
+        )
+    _say(grid, folder, given)
+
+
+def _say(grid: "Grid", folder: Path, given: CompareArguments) -> None:
+    from rankwise.cli.progress import console, escape
+
+    for name, failure in grid.failed.items():
+        console.print(f"failed: {name}: {escape(failure.error)}", highlight=False)
+    if grid.blocked:
+        console.print(f"not begun, for what they wait for broke down: {len(grid.blocked)}")
+    console.print(f"{len(grid.done)} of {len(grid.cells)} cells are in {folder / 'cells'}")
+    console.print(f"  rankwise report {folder}", highlight=False)
+    broke = any(not failure.again for failure in grid.failed.values())
+    if broke or any(grid.cells[name].held_out is None for name in grid.failed):
+        raise SystemExit(1)
