@@ -327,6 +327,9 @@ ORDERS: dict[str, Callable[[Model, Adapter, list[Any], int], Any]] = {
     "by data, one look, gates at 1": lambda model, whole, batches, seed: by_data(
         model, batches, ladder=(), ridge=1e9, seed=seed
     ),
+    "by data, four looks": lambda model, whole, batches, seed: by_data(
+        model, batches, ladder=(1 / 4, 1 / 16, 1 / 64), seed=seed
+    ),
     "by data, one look": lambda model, whole, batches, seed: by_data(
         model, batches, ladder=(), seed=seed
     ),
