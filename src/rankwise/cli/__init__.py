@@ -12,6 +12,7 @@ COMMANDS = {
     "search": "only choose ranks from your data; writes plan.json",
     "train": "a stock PEFT adapter at a plan's ranks, or at one rank",
     "cut": "a smaller adapter out of a trained one, without data",
+    "predict": "what a finished run's model says of your rows",
     "export": "an adapter as vLLM, llama.cpp, Ollama and others take it",
     "verify": "whether an export computes what its adapter does",
     "evaluate": "the metrics of an adapter on labelled rows",
