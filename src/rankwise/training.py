@@ -22,6 +22,7 @@ from rankwise.trainer import (
     decisive,
     default_arguments,
     labelled,
+    refuse_sharded,
     run_training,
     task_type_of,
 )
@@ -192,6 +193,7 @@ def setting_of(
 
     The metric is `args.metric_for_best_model` where None is given, or else the loss.
     """
+    refuse_sharded(args)
     metric, greater_is_better = what_counts(args, metric, greater_is_better)
     setting = Setting(
         data.train, data.validation, args, task_type, metric, greater_is_better, options

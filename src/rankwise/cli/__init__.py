@@ -33,15 +33,16 @@ def main(argv: "Sequence[str] | None" = None) -> None:
         return
     if argv[0] not in COMMANDS:
         _fail(f"no command {argv[0]!r}; there are {', '.join(COMMANDS)}", 2)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        _fail("the command line runs in one process; under a launcher call rankwise.search", 2)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from importlib import import_module
 
+    from rankwise.cli.launched import only_the_first_speaks
     from rankwise.errors import DivergedError, RankwiseError
 
     try:
-        import_module(f"rankwise.cli.{argv[0]}").main(argv[1:])
+        with only_the_first_speaks(argv[0]) as needed:
+            if needed:
+                import_module(f"rankwise.cli.{argv[0]}").main(argv[1:])
     except RankwiseError as error:
         _fail(_as_flags(" ".join(str(error).split())), 2)
     except DivergedError as error:

@@ -14,6 +14,9 @@ from typing import Any, Literal, NoReturn
 
 from rankwise.errors import RankwiseError
 
+# A second spelling: torchrun takes --r for a beginning of its own flags, wherever it stands.
+ALSO = {"r": ("--lora_r",)}
+
 
 @dataclass(frozen=True)
 class Group:
@@ -137,7 +140,8 @@ def _add(parser: ArgumentParser, group: Group) -> None:
             options |= {"nargs": "+", "type": typing.get_args(inner)[0]}
         else:
             options["type"] = inner
-        there.add_argument(f"--{f.name}", **options)
+        names = [f"--{f.name}", *ALSO.get(f.name, ())]
+        there.add_argument(*names, dest=f.name, **options)
 
 
 def _inner(kind: Any) -> Any:
