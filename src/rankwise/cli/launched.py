@@ -17,6 +17,11 @@ TRAINING = ("run", "search", "train", "evaluate")
 _scratch: list[str] = []
 
 
+def is_first() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return int(os.environ.get("RANK", "0")) == 0 or processes() == 1
+
+
 def processes() -> int:
     """How many the launcher has started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -28,7 +33,7 @@ def only_the_first_speaks(command: str) -> Iterator[bool]:
 
     A command that trains nothing is the first one's alone.
     """
-    if int(os.environ.get("RANK", "0")) == 0 or processes() == 1:
+    if is_first():
         yield True
         return
     with ExitStack() as stack:

@@ -14,6 +14,7 @@ from rankwise.cli.arguments import (
 )
 from rankwise.cli.job import load, parse_job, settings_of
 from rankwise.errors import PlanError, RankwiseError
+from rankwise.hub import check_push
 from rankwise.methods import DEFAULT, METHODS, Method, by_name
 from rankwise.plan import RankPlan
 
@@ -39,10 +40,13 @@ def run(
 ) -> Path:
     """The whole job, in stages that a resumed run does not repeat. Returns the output folder."""
     target = required(output.output_dir, "output_dir", command)
+    check_push(output.push_to_hub)
     wanted = parse_controls(controls.control)
     job = load(command, model, data, fit)
     from rankwise import job as jobs
+    from rankwise.cli.launched import is_first
     from rankwise.cli.show import console, report
+    from rankwise.hub import push
     from rankwise.report import verdict
     from rankwise.workspace import finish, open_workspace
 
@@ -70,6 +74,8 @@ def run(
     report(ours, work)
     folder = finish(work, target)
     show(ours, folder)
+    if output.push_to_hub is not None and is_first():
+        console.print(f"uploaded to {push(folder / method.product, output.push_to_hub)}")
     return folder
 
 
