@@ -348,10 +348,32 @@ def smollm() -> tuple[str, str]:
     return str(folder), file.name
 
 
+def in_float32(source: Path, target: Path) -> None:
+    """A GGUF file with its tensors as float32, so that llama.cpp rounds no activation to 8 bits."""
+    import gguf
+
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, reader.get_field("general.architecture").contents())
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
+            continue
+        several = field.types[0] == gguf.GGUFValueType.ARRAY
+        inner = field.types[-1] if several else None
+        writer.add_key_value(name, field.contents(), field.types[0], sub_type=inner)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 @pytest.mark.slow
 def test_llama_cpp_computes_an_export_and_gets_ranks_by_layer_wrong(tmp_path):
     folder, file = smollm()
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    in_float32(Path(folder) / file, tmp_path / "float32.gguf")
+    folder, file = str(tmp_path), "float32.gguf"
     where = Base(folder, file, task_type="CAUSAL_LM")
     generator = torch.Generator().manual_seed(0)
     model = where.model()
@@ -368,7 +390,7 @@ def test_llama_cpp_computes_an_export_and_gets_ranks_by_layer_wrong(tmp_path):
     with torch.no_grad():
         for name, p in peft.named_parameters():
             if "lora_B" in name:
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.01)
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.03)
     peft.save_pretrained(tmp_path / "adapter")
     del peft, model
     given = {"model_name_or_path": folder, "gguf_file": file}

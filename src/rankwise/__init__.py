@@ -32,6 +32,7 @@ _HOMES = {
     "rankwise.nested": ("curve", "load_nested", "size_loss"),
     "rankwise.orders": ("Order", "Ordered", "order"),
     "rankwise.plan": ("Entry", "RankPlan"),
+    "rankwise.predicting": ("load", "predict"),
     "rankwise.result": ("Result",),
     "rankwise.serving.export": ("Export", "export"),
     "rankwise.serving.verify": ("verify",),

@@ -163,7 +163,7 @@ class Fitted:
 
 def fit(
     method: str | Method = DEFAULT,
-    data: str | Path | tasks.Task | None = None,
+    data: Any = None,
     *,
     model: str | Path | Source,
     output_dir: str | Path,
@@ -179,7 +179,8 @@ def fit(
     Args:
         method: a name from `rankwise.METHODS`, or a method with its flags.
         data: a file of training rows (CSV, JSONL, Parquet), a folder with train, validation and
-            test, the name of a known task, or what `tasks.load_task` gave.
+            test, the name of a known task, the rows themselves (a datasets.Dataset or DatasetDict,
+            a DataFrame, a list of dicts), or what `tasks.load_task` gave.
         model: hub id or folder of the base model, or a `Source`.
         output_dir: new or empty folder for the results.
         args: TrainingArguments; None is 3 epochs of AdamW at 1e-4, batch 32, warmed up over 6 % of
@@ -271,10 +272,20 @@ def rests_on(job: Job, base: PreTrainedModel) -> dict[str, str | None]:
     return {**about, "base weights": weights_of(base), **versions}
 
 
-def _task(data: str | Path | None, seed: int, options: Mapping[str, Any]) -> tasks.Task:
+def _task(data: Any, seed: int, options: Mapping[str, Any]) -> tasks.Task:
     """The task that a file, a folder or a name stands for."""
     if data is None or "task" in options or "data_dir" in options:
         return tasks.load_task(seed=seed, **options)
+    if isinstance(data, dict):  # a DatasetDict
+        splits = {f"{name}_file": rows for name, rows in data.items()}
+        odd = sorted(set(data) - {"train", "validation", "test"})
+        if odd or "train" not in data:
+            raise DataError(
+                f"the rows have the splits {', '.join(data)}; name them train, validation and test"
+            )
+        return tasks.load_task(**splits, seed=seed, **options)
+    if not isinstance(data, str | Path):
+        return tasks.load_task(train_file=data, seed=seed, **options)
     if Path(data).is_dir():
         return tasks.load_task(data_dir=data, seed=seed, **options)
     if Path(data).suffix:
@@ -574,8 +585,9 @@ def _hand_over(method: Method, job: Job, trainer: Trainer, kept: Kept, folder: P
 def describe_adapter(job: Job, folder: Path, method: Method) -> None:
     """Writes beside an adapter what its task was, for `rankwise evaluate`."""
     about = job.task.describe() | {"max_length": job.max_length, "method": method.describe()}
-    about["gguf_file"] = job.source.gguf_file
+    about |= {"gguf_file": job.source.gguf_file, "base": job.source.name_or_path}
     write_json(folder / "task.json", about)
+    job.tokenizer.save_pretrained(str(folder))
 
 
 def _record(
@@ -585,6 +597,9 @@ def _record(
     job, plan = found["job"], found["plan"]
     if plan is not None:
         plan.save(folder / "plan.json")
+        plan.save(
+            folder / method.product / "plan.json"
+        )  # beside the weights, for whoever gets them
     if method.anew:
         found["cost"] |= {k: v for k, v in searched.items() if k.startswith("search_")}
         found |= {"curve": searched["curve"], "figures": searched["figures"]}

@@ -1,5 +1,6 @@
 """On a model and rows of the user's own: choose ranks (`search`), train at a plan's (`train`)."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from hashlib import sha256
@@ -22,6 +23,7 @@ from rankwise.trainer import (
     decisive,
     default_arguments,
     labelled,
+    refuse_sharded,
     run_training,
     task_type_of,
 )
@@ -84,7 +86,7 @@ def search(
     with TemporaryDirectory() as scratch:
         args = method.arguments(args or default_arguments(scratch))
         fraction = validation_fraction or method.held_out_share
-        _check_packed(train_dataset, trainer_class)
+        _check_rows(model, train_dataset, trainer_class)
         data = two_sets(train_dataset, validation_dataset, fraction, args.seed)
         if trainer_class is not None:  # it prepares D_val as it prepares D_tr
             options |= {"trainer_class": trainer_class, "eval_dataset": data.validation}
@@ -145,7 +147,7 @@ def train(
             f"{method.title} chooses ranks, which are then trained as plain LoRA; use "
             "rankwise.search, and method='lora' here"
         )
-    _check_packed(train_dataset, options.get("trainer_class"))
+    _check_rows(model, train_dataset, options.get("trainer_class"))
     args = method.arguments(labelled(args))
     task_type = task_type or task_type_of(model)
     rows = fingerprint(train_dataset)
@@ -198,6 +200,7 @@ def setting_of(
 
     The metric is `args.metric_for_best_model` where None is given, or else the loss.
     """
+    refuse_sharded(args)
     metric, greater_is_better = what_counts(args, metric, greater_is_better)
     setting = Setting(
         data.train,
@@ -247,9 +250,18 @@ def _check_weights(model: nn.Module) -> None:
         raise RankwiseError("the weights are float16; load the model in bfloat16 or float32")
 
 
-def _check_packed(rows: Any, trainer_class: type[Trainer] | None) -> None:
-    """Rows of several documents need their lengths, which the stock Trainer throws away."""
-    if trainer_class is None and "seq_lengths" in (getattr(rows, "column_names", None) or ()):
+def _check_rows(model: nn.Module, rows: Any, trainer_class: type[Trainer] | None) -> None:
+    """Raises DataError at rows that the stock Trainer cannot take, or would train wrongly."""
+    columns = getattr(rows, "column_names", None)
+    if trainer_class is not None or not isinstance(columns, list):
+        return
+    if not set(columns) & set(inspect.signature(model.forward).parameters):
+        raise DataError(
+            f"train_dataset has the columns {', '.join(columns)}, none of which the model takes; "
+            "give the rows as they are to rankwise.fit, or trainer_class=SFTTrainer, or tokenize "
+            "them (input_ids, attention_mask, labels)"
+        )
+    if "seq_lengths" in columns:  # the stock Trainer throws them away
         raise DataError(
             "train_dataset has packed rows (seq_lengths), whose documents would see each other in "
             "the stock Trainer; give trainer_class=SFTTrainer, or rows of one document each"

@@ -377,7 +377,21 @@ def test_card_says_what_the_adapter_is(tmp_path):
     assert header(card) == {
         "base_model": "roberta-base",
         "library_name": "peft",
-        "tags": ["lora", "rankwise"],
+        "pipeline_tag": "text-classification",
+        "metrics": ["accuracy"],
+        "tags": ["base_model:adapter:roberta-base", "lora", "rankwise"],
+        "model-index": [
+            {
+                "name": "AutoLoRA",
+                "results": [
+                    {
+                        "task": {"type": "text-classification"},
+                        "dataset": {"name": "mine", "type": "mine", "split": "test"},
+                        "metrics": [{"type": "accuracy", "name": "accuracy", "value": 0.75}],
+                    }
+                ],
+            }
+        ],
     }
     lines = card.splitlines()
     assert "# LoRA adapter for roberta-base on mine" in lines

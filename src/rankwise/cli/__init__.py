@@ -14,6 +14,7 @@ COMMANDS = {
     "search": "only choose ranks from your data; writes plan.json",
     "train": "a stock PEFT adapter at a plan's ranks, or at one rank",
     "cut": "a smaller adapter out of a trained one, without data",
+    "predict": "what a finished run's model says of your rows",
     "export": "an adapter as vLLM, llama.cpp, Ollama and others take it",
     "verify": "whether an export computes what its adapter does",
     "evaluate": "the metrics of an adapter on labelled rows",
@@ -48,14 +49,16 @@ def main(argv: "Sequence[str] | None" = None) -> None:
         return
     if argv[0] not in COMMANDS:
         _fail(f"no command {argv[0]!r}{_meant(argv[0])}; there are {', '.join(COMMANDS)}", 2)
-    if _processes() > 1:
-        _fail("the command line runs in one process; under a launcher call rankwise.search", 2)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     before = _listen()
     try:
         from importlib import import_module
 
-        import_module(f"rankwise.cli.{argv[0]}").main(argv[1:])
+        from rankwise.cli.launched import only_the_first_speaks
+
+        with only_the_first_speaks(argv[0]) as needed:
+            if needed:
+                import_module(f"rankwise.cli.{argv[0]}").main(argv[1:])
         sys.stdout.flush()
     except SystemExit:
         raise
@@ -69,12 +72,6 @@ def main(argv: "Sequence[str] | None" = None) -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
         _let_go()
-
-
-def _processes() -> int:
-    """Of the launcher that started this one; a WORLD_SIZE that is no number counts for nothing."""
-    given = os.environ.get("WORLD_SIZE", "").strip()
-    return int(given) if given.isdecimal() else 1
 
 
 def _listen() -> "dict[int, Any]":

@@ -94,6 +94,9 @@ class OutputArguments:
     output_dir: str | None = flag(None, "folder for the results; has to be new or empty", path=True)
     overwrite_output_dir: bool = flag(False, "replace the results that are in output_dir")
     resume_from_checkpoint: bool = flag(False, "go on with the run that stopped in output_dir")
+    push_to_hub: str | None = flag(
+        None, "repository on the hub that the adapter's folder goes to, once the run is finished"
+    )
 
 
 @dataclass

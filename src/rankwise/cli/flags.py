@@ -16,6 +16,9 @@ from typing import Any, Literal, NoReturn
 from rankwise.errors import RankwiseError
 from rankwise.reading import Unreadable, parse_json, read_yaml
 
+# A second spelling: torchrun takes --r for a beginning of its own flags, wherever it stands.
+ALSO = {"r": ("--lora_r",)}
+
 
 @dataclass(frozen=True)
 class Group:
@@ -195,7 +198,8 @@ def _add(parser: ArgumentParser, group: Group) -> None:
             options |= {"nargs": "+", "type": _reader(typing.get_args(inner)[0])}
         else:
             options["type"] = _reader(inner)
-        there.add_argument(f"--{f.name}", **options)
+        names = [f"--{f.name}", *ALSO.get(f.name, ())]
+        there.add_argument(*names, dest=f.name, **options)
 
 
 def _inner(kind: Any) -> Any:

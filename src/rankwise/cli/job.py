@@ -17,6 +17,7 @@ from rankwise.cli.arguments import (
     required,
 )
 from rankwise.cli.flags import Group, parse, read_flag
+from rankwise.cli.launched import check_output, processes
 from rankwise.errors import RankwiseError
 from rankwise.methods import METHODS, Method, by_name
 
@@ -67,6 +68,7 @@ def parse_job(
     if not name:
         parts = parse(command, description, groups, argv, elsewhere, **defaults)
         check_ranges(parts)
+        check_output(parts[3])
         return parts
     like = by_name(name)
     known = {f.name for f in fields(like)} | {f.name for g in groups for f in fields(g.like)}
@@ -76,6 +78,7 @@ def parse_job(
     groups = [which, Group(title, like), *groups]
     _, chosen, *parts = parse(command, description, groups, argv, elsewhere, **flags)
     check_ranges([chosen, *parts])
+    check_output(parts[3])
     return [chosen, *parts]
 
 
@@ -160,6 +163,8 @@ def training_arguments(fit: FitArguments) -> "TrainingArguments":
         "label_names": ["labels"],
         "dataloader_pin_memory": not fit.use_cpu and torch.cuda.is_available(),
     }
+    if processes() > 1 and (fit.use_cpu or not torch.cuda.is_available()):
+        common["ddp_backend"] = "gloo"
     try:
         args = TrainingArguments(**(common | values | extra))
     except (TypeError, ValueError) as error:

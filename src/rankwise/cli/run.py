@@ -14,6 +14,7 @@ from rankwise.cli.arguments import (
 )
 from rankwise.cli.job import load, parse_job, settings_of
 from rankwise.errors import PlanError, RankwiseError
+from rankwise.hub import check_push
 from rankwise.methods import DEFAULT, METHODS, Method, by_name
 from rankwise.plan import RankPlan
 
@@ -39,6 +40,7 @@ def run(
 ) -> Path:
     """The whole job, in stages that a resumed run does not repeat. Returns the output folder."""
     target = required(output.output_dir, "output_dir", command)
+    check_push(output.push_to_hub)
     wanted = parse_controls(controls.control)
     from rankwise.workspace import check_output, finish, is_finished, open_workspace
 
@@ -46,7 +48,9 @@ def run(
     check_output(target, output.overwrite_output_dir, resume)
     job = load(command, model, data, fit)
     from rankwise import job as jobs
+    from rankwise.cli.launched import is_first
     from rankwise.cli.show import report, say
+    from rankwise.hub import push
     from rankwise.report import verdict
     from rankwise.result import Result
 
@@ -78,6 +82,8 @@ def run(
     report(ours, work)
     folder = finish(work, target)
     show(ours, folder)
+    if output.push_to_hub is not None and is_first():
+        say(f"uploaded to {push(folder / method.product, output.push_to_hub)}")
     return folder
 
 

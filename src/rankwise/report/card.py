@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from rankwise.adapter import card_header
+import yaml
+
 from rankwise.errors import RankwiseError
 from rankwise.escape import markdown
 from rankwise.files import write_text
+from rankwise.hub import metadata
 from rankwise.methods import from_description
 from rankwise.plan import RankPlan
 from rankwise.reading import read_json
@@ -42,7 +44,9 @@ def write_card(folder: Path, result: Result, plan: RankPlan | None) -> None:
         f"It has {result.trainable_parameters:,} trained parameters, task head included."
         if plan is None
         else _choice(plan),
+        *_why(result),
         "",
+        *_engines(plan),
         *ranks,
         f"## Figures on {result.rows['evaluated']} {result.split} rows, one seed",
         "",
@@ -53,8 +57,27 @@ def write_card(folder: Path, result: Result, plan: RankPlan | None) -> None:
         f"{_training(result)}{scaling}",
         "",
     ]
-    header = card_header(base, method.stock, lora=plan is not None)
+    about = metadata(result, base, method.stock, lora=plan is not None)
+    header = f"---\n{yaml.safe_dump(about, sort_keys=False, allow_unicode=True)}---\n\n"
     write_text(folder / "README.md", header + "\n".join(body))
+
+
+def _why(result: Result) -> list[str]:
+    """Why it has this size, where a choice was made."""
+    said = result.figures.get("choice")
+    return ["", f"The size: {said}."] if isinstance(said, str) else []
+
+
+def _engines(plan: RankPlan | None) -> list[str]:
+    """Which engines misread ranks by layer; nothing where all ranks are alike."""
+    if plan is None or len(set(plan.module_ranks().values())) == 1:
+        return []
+    return [
+        "Its ranks differ by layer. PEFT and vLLM read that; llama.cpp, Ollama and TensorRT-LLM "
+        "compute another function without a word, and SGLang, TGI, LoRAX and mlx-lm refuse it. For "
+        "those: `rankwise export --adapter FOLDER --to llama.cpp --output_dir DIR`.",
+        "",
+    ]
 
 
 def _training(result: Result) -> str:

@@ -184,6 +184,53 @@ class Task(ABC):
     def data_collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Any]], Any]:
         """Encoded rows to a batch of tensors (batch, longest); labels are padded with -100."""
 
+    # Predictions
+
+    def blank(self, rows: Rows) -> list[Any]:
+        """A slot: labels for rows without any, of the form that `tokenize` takes."""
+        return [0] * len(rows[self.text_columns[0]])
+
+    def answer(self, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+        """A slot: what is predicted of one row, from its logits and the labels of `blank`."""
+        raise NotImplementedError
+
+    def predict(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Rows,
+        max_length: int = 128,
+        batch_size: int = 32,
+        **_: Any,
+    ) -> list[dict[str, Any]]:
+        """A slot: what the model says of each row, in the rows' order.
+
+        Args:
+            model: with the task's head, or an adapter on it.
+            tokenizer: the model's.
+            rows: the text columns; labels are not looked at.
+            max_length: tokens; longer rows are cut.
+            batch_size: rows in a forward pass.
+
+        Raises:
+            DataError: a text column is missing, or a text in it.
+        """
+        import torch
+        from datasets import Dataset
+        from torch.utils.data import DataLoader
+
+        self.check_texts({"input": rows})
+        there = {name: rows[name] for name in self.text_columns} | {self.label: self.blank(rows)}
+        encoded = self.encode(Dataset.from_dict(there), tokenizer, max_length)
+        collate: Any = self.data_collator(tokenizer)
+        found = []
+        for batch in DataLoader(encoded, batch_size, collate_fn=collate):  # type: ignore[arg-type]
+            labels = batch.pop("labels")
+            with torch.no_grad():
+                logits = model.eval()(**batch.to(model.device)).logits.float().cpu()
+            found += [self.answer(*pair) for pair in zip(logits, labels, strict=True)]
+        return found
+
     # The model
 
     def head(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankwise.errors import DataError
 from rankwise.tasks.base import IGNORED, Task
-from rankwise.tasks.checks import Rows
+from rankwise.tasks.checks import Rows, check_texts
 from rankwise.tasks.metrics import first_output
 
 if TYPE_CHECKING:
@@ -107,6 +107,44 @@ class CausalLM(Task):
         encoded = rows.map(batch_features, batched=True, remove_columns=rows.column_names)
         _report_dropped(len(rows), len(encoded), max_length)
         return encoded
+
+    def predict(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Rows,
+        max_length: int = 128,
+        batch_size: int = 32,
+        max_new_tokens: int = 64,
+        **_: Any,
+    ) -> list[dict[str, Any]]:
+        """The likeliest completion of each row's first text column, token by token.
+
+        Prompts are tokenized as in training, and padded on the left.
+        """
+        import torch
+
+        name = self.text_columns[0]
+        check_texts(rows, name, "input")
+        found = []
+        for start in range(0, len(rows[name]), batch_size):
+            ids = _ids(tokenizer, rows[name][start : start + batch_size], special=True)
+            longest = max(map(len, ids))
+            width = [longest - len(row) for row in ids]
+            pad = tokenizer.pad_token_id or 0
+            inputs = torch.tensor([[pad] * w + row for w, row in zip(width, ids, strict=True)])
+            mask = torch.tensor([[0] * w + [1] * len(r) for w, r in zip(width, ids, strict=True)])
+            with torch.no_grad():
+                out = model.eval().generate(
+                    input_ids=inputs.to(model.device),
+                    attention_mask=mask.to(model.device),
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    pad_token_id=pad,
+                )
+            texts = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+            found += [{"completion": text} for text in texts]
+        return found
 
     def data_collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Any]], Any]:
         from transformers import DataCollatorForSeq2Seq

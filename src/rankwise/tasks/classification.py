@@ -68,6 +68,11 @@ class Classification(Task):
     def data_collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Any]], Any]:
         return texts.pad_texts(tokenizer)
 
+    def answer(self, logits: Any, labels: Any) -> dict[str, Any]:
+        """The likeliest class by name, and its probability."""
+        names, p = self.label_names or (), logits.softmax(-1)
+        return {"label": names[int(p.argmax())], "probability": round(float(p.max()), 6)}
+
     def measure(self, output: EvalPrediction) -> dict[str, float]:
         """accuracy, f1 and matthews_correlation of logits (rows, classes).
 

@@ -101,6 +101,34 @@ def read_file(path: str | Path) -> Rows:
     return rows
 
 
+def read_rows(rows: Any) -> Rows:
+    """All columns of rows in memory: a `datasets.Dataset`, a DataFrame, or a list of dicts.
+
+    Raises:
+        DataError: rows of another kind, or none.
+    """
+    from datasets import Dataset
+
+    if isinstance(rows, Dataset):
+        found = _plain_rows(rows)
+    elif hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # pandas, which is not imported
+        records = rows.to_dict("records")
+        found = {
+            name: [None if row[name] != row[name] else row[name] for row in records]
+            for name in rows.columns
+        }
+    elif isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+        found = _by_column(enumerate(rows, 1), Path("rows"), "row")
+    else:
+        raise DataError(
+            f"the rows are a {type(rows).__name__}; give a file, a folder, a task's name, a "
+            "datasets.Dataset of one split, a DataFrame, or a list of dicts"
+        )
+    if count(found) == 0:
+        raise DataError("there are no rows; give at least one")
+    return found
+
+
 def _read_json(path: Path) -> Rows:
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".json" and text.lstrip().startswith("["):

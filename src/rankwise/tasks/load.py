@@ -6,14 +6,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rankwise.errors import DataError
 from rankwise.rows import TwoSets, hold_out
 from rankwise.tasks.base import Task
 from rankwise.tasks.checks import Rows, parse_numbers
 from rankwise.tasks.columns import Columns, choose_columns
-from rankwise.tasks.files import folder_files, read_file, read_hub
+from rankwise.tasks.files import folder_files, read_file, read_hub, read_rows
 from rankwise.tasks.kinds import find_kind
 from rankwise.tasks.known import KNOWN, KnownTask, known_name
 
@@ -29,9 +29,9 @@ def load_task(
     task: str | None = None,
     *,
     data_dir: str | Path | None = None,
-    train_file: str | Path | None = None,
-    validation_file: str | Path | None = None,
-    test_file: str | Path | None = None,
+    train_file: Any = None,
+    validation_file: Any = None,
+    test_file: Any = None,
     text_column: str | Sequence[str] | None = None,
     label_column: str | None = None,
     kind: str | None = None,
@@ -50,8 +50,9 @@ def load_task(
     Args:
         task: a known task ("glue/rte", also "rte"; "jnlpba"); None for rows of your own.
         data_dir: folder with train, validation and test .jsonl, .json, .csv or .parquet.
-        train_file, validation_file, test_file: the same, one file a split. Train may be left
-            out where only an evaluation is wanted (classes then need label_names).
+        train_file, validation_file, test_file: the same, one file a split, or the rows themselves
+            (a datasets.Dataset, a DataFrame, a list of dicts). Train may be left out where only an
+            evaluation is wanted (classes then need label_names).
         text_column: one or two names; default: inferred from the columns.
         label_column: default: "label" or "labels" ("ner_tags" or "tags" too for tags).
         kind: default: tagging for lists of tokens, regression for labels with fractions,
@@ -113,16 +114,17 @@ def _report_overlap(task: Task) -> None:
             )
 
 
-def _name(data_dir: str | Path | None, files: dict[str, str | Path]) -> str:
+def _name(data_dir: str | Path | None, files: dict[str, Any]) -> str:
     if files:
-        return Path(next(iter(files.values()))).stem
+        first = next(iter(files.values()))
+        return Path(first).stem if isinstance(first, str | Path) else "rows"
     return Path(data_dir or ".").resolve().name
 
 
 def _read(
     known: KnownTask | None,
     data_dir: str | Path | None,
-    files: dict[str, str | Path],
+    files: dict[str, Any],
     trust_remote_code: bool,
 ) -> dict[str, Rows]:
     if data_dir is not None and files:
@@ -130,7 +132,10 @@ def _read(
             f"both data_dir and {next(iter(files))}_file are given; give the folder or the files"
         )
     if files:
-        return {split: read_file(path) for split, path in files.items()}
+        return {
+            split: read_file(given) if isinstance(given, str | Path) else read_rows(given)
+            for split, given in files.items()
+        }
     if data_dir is not None:
         found = folder_files(data_dir)
         return {split: read_file(path) for split, path in found.items()}

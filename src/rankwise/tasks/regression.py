@@ -76,6 +76,10 @@ class Regression(Task):
                 if new and name.endswith("bias") and parameter.numel() == 1:
                     parameter.fill_(mean)
 
+    def answer(self, logits: Any, labels: Any) -> dict[str, Any]:
+        """The score."""
+        return {"score": round(float(logits[0]), 6)}
+
     def measure(self, output: EvalPrediction) -> dict[str, float]:
         """pearson and spearman of scores (rows, 1).
 

@@ -36,9 +36,6 @@ class Tagging(Task):
         """The column of token lists."""
         return self.text_columns[0]
 
-    def check_texts(self, rows: dict[str, Rows]) -> None:
-        """Nothing yet: number checks tokens and tags together."""
-
     def number(self, rows: dict[str, Rows]) -> tuple[dict[str, Rows], tuple[str, ...]]:
         """The splits with lists of tag numbers as labels, and the tag names in their order.
 
@@ -144,6 +141,21 @@ class Tagging(Task):
         true = [[names[n] for n in row[k]] for row, k in zip(output.label_ids, kept, strict=True)]
         guess = [[names[n] for n in row[k]] for row, k in zip(predicted, kept, strict=True)]
         return true, guess
+
+    def check_texts(self, rows: dict[str, Rows]) -> None:
+        """Lists of tokens, which `number` checks with their tags; here only those without any."""
+        for split in rows.keys() & {"input"}:
+            check_column(rows[split], self.tokens, split)
+            for row, words in enumerate(rows[split][self.tokens], 1):
+                _check_row(words, [0] * len(words or []), self.tokens, self.label, f"row {row}")
+
+    def blank(self, rows: Rows) -> list[Any]:
+        return [[0] * len(words) for words in rows[self.tokens]]
+
+    def answer(self, logits: Any, labels: Any) -> dict[str, Any]:
+        """A tag for each word, as far as max_length reaches."""
+        names = self.label_names or ()
+        return {"tags": [names[n] for n in logits.argmax(-1)[labels != IGNORED].tolist()]}
 
     def measure(self, output: EvalPrediction) -> dict[str, float]:
         """f1, precision and recall of whole entities (exact span and type), accuracy of tokens.

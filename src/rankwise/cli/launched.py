@@ -1,0 +1,62 @@
+"""Several processes under torchrun or accelerate: all of them work, the first writes and speaks.
+
+Each process does the same things in the same order, so that the collectives of a Trainer meet. What
+the others would write goes to a folder of their own that nobody keeps.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from rankwise.cli.arguments import OutputArguments
+from rankwise.errors import RankwiseError
+
+TRAINING = ("run", "search", "train", "evaluate")
+_scratch: list[str] = []
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return processes() == 1 or int(os.environ.get("RANK", "0")) == 0
+
+
+def processes() -> int:
+    """How many the launcher has started; a WORLD_SIZE that is no number counts for nothing."""
+    given = os.environ.get("WORLD_SIZE", "").strip()
+    return int(given) if given.isdecimal() else 1
+
+
+@contextmanager
+def only_the_first_speaks(command: str) -> Iterator[bool]:
+    """Silences all processes but the first. Yields whether this one has anything to do.
+
+    A command that trains nothing is the first one's alone.
+    """
+    if is_first():
+        yield True
+        return
+    with ExitStack() as stack:
+        nothing = stack.enter_context(open(os.devnull, "w"))
+        stack.enter_context(redirect_stdout(nothing))
+        stack.enter_context(redirect_stderr(nothing))
+        _scratch[:] = [stack.enter_context(TemporaryDirectory())]
+        yield command in TRAINING
+
+
+def check_output(output: OutputArguments) -> None:
+    """Gives processes other than the first a folder of their own to write to.
+
+    Raises:
+        RankwiseError: a resumed run, since a checkpoint lies in the first one's folder alone.
+    """
+    if processes() == 1:
+        return
+    if output.resume_from_checkpoint:
+        raise RankwiseError(
+            f"--resume_from_checkpoint works in one process, and there are {processes()}; start "
+            "afresh with --overwrite_output_dir, or resume without the launcher"
+        )
+    if _scratch and output.output_dir is not None:
+        output.output_dir = str(Path(_scratch[0]) / "run")
