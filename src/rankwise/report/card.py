@@ -86,7 +86,7 @@ def _method(plan: RankPlan) -> str:
 
 
 def _rank_table(plan: RankPlan) -> list[str]:
-    layers, matrices, ranks = grid(plan)
+    layers, matrices, ranks = grid(plan.ranks)
     lines = ["| layer | " + " | ".join(matrices) + " |", "| --- |" + " ---: |" * len(matrices)]
     for i, layer in enumerate(layers):
         cells = ["" if row[i] is None else str(row[i]) for row in ranks]
