@@ -27,22 +27,8 @@ def open_workspace(
         OutputError: results, or an unfinished run, would be overwritten, or no folder can be made.
         CheckpointError: nothing to resume, or a run with other settings.
     """
-    target = Path(output_dir)
-    if target.name in ("", ".."):
-        raise OutputError(f"--output_dir {output_dir!r} has no name of its own; give a new folder")
+    target = check_free(output_dir, overwrite)
     work = target.with_name(target.name + ".partial")
-    if target.exists() and not target.is_dir():
-        raise OutputError(f"{target} is a file; give a folder as --output_dir")
-    filled = target.is_dir() and any(target.iterdir())
-    if filled and overwrite and not (target / "metrics.json").is_file():
-        raise OutputError(
-            f"{target} holds no results of rankwise; empty it yourself, or give another"
-        )
-    if filled and not overwrite:
-        raise OutputError(
-            f"{target} is not empty; give another --output_dir, or replace what is there by "
-            "--overwrite_output_dir"
-        )
     if resume:
         _check_settings(work, settings)
         return work
@@ -61,6 +47,26 @@ def open_workspace(
         ) from error
     write_json(work / "settings.json", settings)
     return work
+
+
+def check_free(output_dir: str, overwrite: bool) -> Path:
+    """The folder of the results. Raises OutputError where some are there that have to stay."""
+    target = Path(output_dir)
+    if target.name in ("", ".."):
+        raise OutputError(f"--output_dir {output_dir!r} has no name of its own; give a new folder")
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{target} is a file; give a folder as --output_dir")
+    filled = target.is_dir() and any(target.iterdir())
+    if filled and overwrite and not (target / "metrics.json").is_file():
+        raise OutputError(
+            f"{target} holds no results of rankwise; empty it yourself, or give another"
+        )
+    if filled and not overwrite:
+        raise OutputError(
+            f"{target} is not empty; give another --output_dir, or replace what is there by "
+            "--overwrite_output_dir"
+        )
+    return target
 
 
 def _check_settings(work: Path, settings: dict[str, Any]) -> None:

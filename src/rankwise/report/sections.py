@@ -132,6 +132,12 @@ def _quality(suite: Suite) -> Section:
             f"† LoRA itself learned nothing there ({'; '.join(nothing)}): within two standard "
             "errors of what a model that was taught nothing scores. It is left out of all means."
         )
+    untold = [t for t in suite.tasks if any(_untold(a, t) for a in suite.arms)]
+    if untold:
+        notes.append(
+            f"Whether LoRA learned anything on {', '.join(untold)}, the files do not say: what a "
+            "model that was taught nothing scores there is not on record."
+        )
     if len(whole) > 1 and len(whole) < len(suite.tasks):
         notes.append(f"The mean is over {', '.join(whole)}, which every method has.")
     text = (
@@ -140,6 +146,11 @@ def _quality(suite: Suite) -> Section:
         "head."
     )
     return Section("Quality", text, (("", Table(head, rows)),), notes=tuple(notes))
+
+
+def _untold(arm: Arm, task: str) -> bool:
+    found = [r for (where, _), r in arm.results.items() if arm.is_lora and where == task]
+    return any(of.learned(result) is None for result in found)
 
 
 def _places(suite: Suite) -> list[of.Place]:

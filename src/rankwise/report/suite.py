@@ -243,6 +243,8 @@ def learned(result: Result) -> bool | None:
     of so many rows; None where the file does not say what that is."""
     metric = main_metric(result)
     floor = result.about.get("floor", {}).get(metric)
+    if floor is None and "0 for" in find_metric(metric).range:
+        floor = 0.0
     if not isinstance(floor, int | float):
         return None
     rows = max(1, result.rows.get("evaluated", 1))
