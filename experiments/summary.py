@@ -10,15 +10,13 @@ import json
 import re
 import statistics
 from collections.abc import Iterable, Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from rankwise import RankPlan
 from rankwise.files import write_json, write_text
 from rankwise.report import save_heatmap
+from rankwise.report.statistics import agreement, spread
 from rankwise.result import Result
 
 HERE = Path(__file__).parent
@@ -43,7 +41,6 @@ METRIC = {
 }
 # by the column of the table, which of a run's results: itself, or one of its controls
 ARMS = {"learned": None, "uniform r=4": 0, "random, same size": 1}
-PERMUTATIONS = 20_000
 
 
 def main() -> None:
@@ -108,36 +105,6 @@ def summarise(runs: list[Result]) -> dict[str, Any]:
 def pick(run: Result, control: int | None) -> Result:
     """The run's own result, or one of its controls'."""
     return run if control is None else run.controls[control]
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Mean and sample sd (0 for one value)."""
-    sd = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {"mean": statistics.fmean(values), "sd": sd, "n": len(values)}
-
-
-def agreement(ranks: list[list[int]]) -> dict[str, float] | None:
-    """Do seeds give the same modules high ranks? Mean pairwise correlation of the rank vectors, and
-    the share of random permutations of each vector's modules that reach it (one-sided p)."""
-    if len(ranks) < 2:
-        return None
-    vectors = np.array(ranks, dtype=float)
-    rng = np.random.default_rng(0)
-    observed = mean_correlation(vectors)
-    null = [mean_correlation(rng.permuted(vectors, axis=1)) for _ in range(PERMUTATIONS)]
-    p = (1 + sum(value >= observed - 1e-12 for value in null)) / (1 + PERMUTATIONS)
-    return {"mean_correlation": observed, "p": p, "modules": vectors.shape[1]}
-
-
-def mean_correlation(vectors: np.ndarray) -> float:
-    """Mean over pairs of rows of their Pearson correlation; 0 for a row without variance."""
-    centred = vectors - vectors.mean(axis=1, keepdims=True)
-    norms = np.linalg.norm(centred, axis=1)
-    pairs = [
-        0.0 if norms[i] * norms[j] == 0 else float(centred[i] @ centred[j] / (norms[i] * norms[j]))
-        for i, j in combinations(range(len(vectors)), 2)
-    ]
-    return statistics.fmean(pairs)
 
 
 def results_table(summary: dict[str, Any]) -> str:

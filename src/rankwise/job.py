@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from importlib.metadata import version
 from inspect import signature
@@ -96,6 +96,8 @@ class Job:
         args: TrainingArguments; the output folder is each stage's own.
         max_length: tokens of a row.
         command: for the record.
+        trainer: more that every Trainer is given: callbacks, rows to evaluate on in between.
+        about: more for the record: how the learning rate was chosen.
     """
 
     task: tasks.Task
@@ -108,6 +110,8 @@ class Job:
     args: TrainingArguments
     max_length: int
     command: str = "fit"
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def train_rows(self) -> Dataset:
@@ -130,6 +134,7 @@ class Job:
             "data_collator": self.task.data_collator(self.tokenizer),
             "compute_metrics": self.task.compute_metrics(),
             "preprocess_logits_for_metrics": self.task.preprocess_logits,
+            **self.trainer,
         }
 
     def arguments(self, folder: Path) -> TrainingArguments:
@@ -627,6 +632,7 @@ def _record(
             "resumed": found["resumed"],
             "max_length": job.max_length,
             "versions": {p: version(p) for p in ("rankwise", "torch", "transformers", "peft")},
+            **job.about,
         },
     )
     rivals = [replace(result, claim="", curve=None, figures={}, **r) for r in found["rivals"]]

@@ -340,7 +340,7 @@ def test_what_cannot_fit_is_said_before_anything_runs(
     said = capsys.readouterr().err.strip().splitlines()
     assert caught.value.code == 2 and not (tmp_path / "out").exists()
     assert len(said) == 2 and said[-1].endswith("Nothing was run: mend the recipe")
-    assert "eva on good: rho" in said[0] and "cut on good: " in said[1]
+    assert "cut on good: 12 held-out rows" in said[0] and "eva on good: rho" in said[1]
     # a machine with room for the weights of two processes, not for gradients and moments
     recipe, cells = small
     recipe = replace(
@@ -353,4 +353,4 @@ def test_what_cannot_fit_is_said_before_anything_runs(
 
     monkeypatch.setattr("psutil.virtual_memory", lambda: Memory)
     (line,) = fits.misfits(recipe, cells, workers=2)
-    assert "in each of 2 processes" in line and line.startswith("svd:")
+    assert "in each of 2 processes" in line and line.startswith("plain:")

@@ -42,19 +42,19 @@ def bert_plan(layers: int = 2, **kwargs) -> RankPlan:
 
 
 def test_grid_of_bert():
-    assert grid(bert_plan()) == (["0", "1"], ["query", "value"], [[1, 3], [2, 4]])
+    assert grid(bert_plan().ranks) == (["0", "1"], ["query", "value"], [[1, 3], [2, 4]])
 
 
 def test_grid_of_gpt2():
     ranks = {f"transformer.h.{i}.attn.c_attn.{p}": r for i, p, r in ((0, "q", 5), (0, "v", 6))}
     ranks |= {"transformer.h.1.attn.c_attn.q": 7, "transformer.h.1.attn.c_attn.v": 0}
-    assert grid(plan_of(ranks)) == (["0", "1"], ["q", "v"], [[5, 7], [6, 0]])
+    assert grid(plan_of(ranks).ranks) == (["0", "1"], ["q", "v"], [[5, 7], [6, 0]])
 
 
 def test_grid_of_llama():
     parts = ("self_attn.q_proj", "self_attn.v_proj", "mlp.gate_proj")
     ranks = {f"model.layers.{i}.{part}": 1 + i for i in range(12) for part in parts}
-    layers, matrices, table = grid(plan_of(ranks, r=12))
+    layers, matrices, table = grid(plan_of(ranks, r=12).ranks)
     assert layers == [str(i) for i in range(12)]  # in the model's order, not as text
     assert matrices == ["q_proj", "v_proj", "gate_proj"]
     assert table == [list(range(1, 13))] * 3
@@ -66,7 +66,7 @@ def test_grid_tells_matrices_of_one_last_part_apart():
         "encoder.layer.0.intermediate.dense": 2,
         "encoder.layer.0.output.dense": 3,
     }
-    layers, matrices, table = grid(plan_of(ranks))
+    layers, matrices, table = grid(plan_of(ranks).ranks)
     assert layers == ["0"]
     assert matrices[:2] == ["attention.output.dense", "intermediate.dense"]
     assert len(set(matrices)) == 3
@@ -75,15 +75,15 @@ def test_grid_tells_matrices_of_one_last_part_apart():
 
 def test_grid_of_a_module_outside_the_layers():
     ranks = {"model.layers.0.q_proj": 1, "model.layers.1.q_proj": 2, "lm_head": 3}
-    layers, matrices, table = grid(plan_of(ranks))
+    layers, matrices, table = grid(plan_of(ranks).ranks)
     assert layers == ["0", "1", "-"]
     assert matrices == ["q_proj", "lm_head"]
     assert table == [[1, 2, None], [None, None, 3]]
 
 
 def test_grid_of_names_that_are_only_numbers_or_one_word():
-    assert grid(plan_of({"0": 1, "2": 2}))[2] == [[1], [2]]
-    assert grid(plan_of({"linear": 3})) == (["-"], ["linear"], [[3]])
+    assert grid(plan_of({"0": 1, "2": 2}).ranks)[2] == [[1], [2]]
+    assert grid(plan_of({"linear": 3}).ranks) == (["-"], ["linear"], [[3]])
 
 
 @pytest.mark.parametrize(
@@ -96,13 +96,13 @@ def test_grid_of_names_that_are_only_numbers_or_one_word():
 )
 def test_grid_keeps_every_entry_of_an_encoder_and_a_decoder(names):
     ranks = {name.format(i): 1 + 4 * n + i for n, name in enumerate(names) for i in range(3)}
-    table = grid(plan_of(ranks))[2]
+    table = grid(plan_of(ranks).ranks)[2]
     assert sorted(r for row in table for r in row if r is not None) == sorted(ranks.values())
 
 
 def test_grid_of_experts():
     ranks = {f"model.layers.{i}.moe.experts.{e}.w1": 1 + 2 * i + e for i in (0, 1) for e in (0, 1)}
-    layers, matrices, table = grid(plan_of(ranks))
+    layers, matrices, table = grid(plan_of(ranks).ranks)
     assert layers == ["0", "1"]
     assert len(set(matrices)) == 2
     assert table == [[1, 3], [2, 4]]

@@ -111,6 +111,18 @@ class ControlArguments:
 
 
 @dataclass
+class TuneArguments:
+    """The learning rate."""
+
+    tune: int = flag(
+        0,
+        "so many trials choose the learning rate first, on held-out training rows; of each control "
+        "too. The same command, started several times, shares them",
+    )
+    tune_rates: tuple[float, ...] = flag((1e-5, 3e-2), "lowest and highest rate that is tried")
+
+
+@dataclass
 class AdapterArguments:
     """An adapter on disk."""
 

@@ -31,6 +31,7 @@ class CompareArguments:
     list: bool = flag(False, "print a command line for each cell that is not there yet")
     retry_failed: bool = flag(False, "run cells anew whose failure is on record")
     snakefile: bool = flag(False, "write output_dir/Snakefile and run nothing")
+    estimate: int = flag(0, "run so many steps of each method on each task; print the hours of all")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -52,6 +53,8 @@ def main(argv: Sequence[str]) -> None:
         _list(cells, folder, given)
     elif given.snakefile:
         _snakefile(cells, folder, given)
+    elif given.estimate > 0:
+        _estimate(recipe, cells, folder, given.estimate)
     elif given.cell is not None:
         _one(recipe, cells, folder, given)
     else:
@@ -91,6 +94,34 @@ def _snakefile(cells: "Sequence[Cell]", folder: Path, given: CompareArguments) -
     write_snakefile(folder / "Snakefile", cells, line, given.threads or 1)
     console.print(f"{len(cells)} cells in {folder / 'Snakefile'}; in that folder:", highlight=False)
     console.print("  snakemake --cores all --keep-going", highlight=False)
+
+
+def _estimate(recipe: "Recipe", cells: "Sequence[Cell]", folder: Path, steps: int) -> None:
+    """Prints what each method on each task would take, and writes estimate.json."""
+    from dataclasses import asdict
+
+    from rankwise.cli.progress import console, escape
+    from rankwise.compare.estimate import Estimate, estimates
+    from rankwise.compare.execute import machine
+    from rankwise.files import write_json
+
+    def show(found: Estimate) -> None:
+        name = f"{found.method} on {found.task}"
+        if found.error:
+            console.print(f"{escape(name)}: {escape(found.error)}", highlight=False)
+            return
+        figures = f"{found.cells} cells, {found.seconds:.2f} s a step, {found.gib:.1f} GiB"
+        console.print(f"{escape(name)}: {found.hours:.2f} h ({figures})", highlight=False)
+
+    found = estimates(recipe, cells, steps, show)
+    worked = [estimate for estimate in found if not estimate.error]
+    hours = sum(estimate.hours for estimate in worked)
+    plain = [{k: None if v != v else v for k, v in asdict(estimate).items()} for estimate in found]
+    about = {"recipe": recipe.path.name, "steps": steps, "hours": hours, "machine": machine(1)}
+    write_json(folder / "estimate.json", about | {"estimates": plain})
+    console.print(f"{hours:.1f} h in all, one cell at a time; in {folder / 'estimate.json'}")
+    if len(worked) < len(found):
+        raise RankwiseError(f"{len(found) - len(worked)} of {len(found)} could not be run")
 
 
 def _one(recipe: "Recipe", cells: "Sequence[Cell]", folder: Path, given: CompareArguments) -> None:

@@ -1,6 +1,8 @@
 """`rankwise run`: a method on your rows, beside its controls, evaluated and reported."""
 
+import shutil
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,7 @@ from rankwise.cli.arguments import (
     FitArguments,
     ModelArguments,
     OutputArguments,
+    TuneArguments,
     required,
 )
 from rankwise.cli.job import load, parse_job, settings_of
@@ -25,7 +28,8 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> None:
     """Fine-tune by a method on your data, and compare it with plain LoRA of the same size."""
-    parts = parse_job("run", main.__doc__ or "", argv, method=DEFAULT, more=[ControlArguments()])
+    more = [ControlArguments(), TuneArguments()]
+    parts = parse_job("run", main.__doc__ or "", argv, method=DEFAULT, more=more)
     run("run", *parts)
 
 
@@ -37,6 +41,7 @@ def run(
     fit: FitArguments,
     output: OutputArguments,
     controls: ControlArguments,
+    tuning: TuneArguments | None = None,
 ) -> Path:
     """The whole job, in stages that a resumed run does not repeat. Returns the output folder."""
     target = required(output.output_dir, "output_dir", command)
@@ -61,12 +66,20 @@ def run(
         except PlanError:  # without flags of its own, whether it can be waits for the size
             if flags:
                 raise
-    settings = settings_of(method, model, data, fit, controls)
+    tuning = tuning if tuning is not None and tuning.tune else None
+    settings = settings_of(method, model, data, fit, controls, *filter(None, [tuning]))
     settings["rests_on"] = jobs.rests_on(job, base)
     if resume and is_finished(target, settings):
         say("this run is finished already")
         show(Result.load(Path(target) / "metrics.json"), Path(target))
         return Path(target)
+    given, search = job, Path(f"{target}.tune")
+    if tuning is not None:
+        job = _tuned(method, given, search, tuning)
+        taken = _take_over(search)  # held to the end of this function
+        if taken is None:
+            say("the learning rate is chosen; another process trains with it")
+            return Path(target)
     work = open_workspace(target, output.overwrite_output_dir, resume, settings)
     count = 1 + len(wanted)
     say(f"1/{count} {method.title}")
@@ -75,16 +88,49 @@ def run(
     for number, (arm, (name, flags)) in enumerate(wanted.items(), 2):
         control = _control(name, flags, method, ours.lora_parameters)
         say(f"{number}/{count} {control.title}, on the same rows")
-        if (found := _train_control(control, method, job, work, arm, resume)) is not None:
+        found = _train_control(control, method, given, work, arm, resume, tuning, search)
+        if found is not None:
             results.append(found)
     results = [*ours.controls, *results]  # its own rivals first
     ours = ours.with_controls(results, verdict(ours, results))
     report(ours, work)
     folder = finish(work, target)
+    shutil.rmtree(search, ignore_errors=True)
     show(ours, folder)
     if output.push_to_hub is not None and is_first():
         say(f"uploaded to {push(folder / method.product, output.push_to_hub)}")
     return folder
+
+
+def _tuned(method: Method, job: "Job", search: Path, tuning: TuneArguments) -> "Job":
+    """The job at the rate that a search finds best for the method, which its record says."""
+    from rankwise.cli.show import say
+    from rankwise.trainer import replaced
+    from rankwise.tune import tune
+
+    if len(tuning.tune_rates) != 2:
+        raise RankwiseError(
+            f"--tune_rates are {tuning.tune_rates}; give the lowest and the highest"
+        )
+    say(f"{tuning.tune} trials of learning rates for {method.title}")
+    low, high = tuning.tune_rates
+    found = tune(method, job, search, tuning.tune, (low, high))
+    say(f"learning rate {found.learning_rate:.3g}, by {found.metric} on {found.rows:,} rows")
+    args = replaced(job.args, learning_rate=found.learning_rate)
+    return replace(job, args=args, about={"tuned": asdict(found)})
+
+
+def _take_over(search: Path) -> Any:
+    """A lock where this process is the one, of those that shared a search, that goes on to train;
+    else None."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(search / "run.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    return lock
 
 
 def parse_controls(specs: Sequence[str]) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -139,7 +185,14 @@ def _control(name: str, flags: dict[str, Any], method: Method, budget: int | Non
 
 
 def _train_control(
-    control: Method, method: Method, job: "Job", work: Path, arm: str, resume: bool
+    control: Method,
+    method: Method,
+    job: "Job",
+    work: Path,
+    arm: str,
+    resume: bool,
+    tuning: TuneArguments | None,
+    search: Path,
 ) -> "Result | None":
     """The control's result; None, and a line that says why, where there is none of this size."""
     from rankwise.cli.show import say
@@ -150,6 +203,8 @@ def _train_control(
     folder = work / "arms" / arm
     folder.mkdir(parents=True, exist_ok=True)
     try:
+        if tuning is not None:
+            job = _tuned(control, job, search / arm, tuning)
         result = run_method(control, job, folder, resume, rows=rows)
     except PlanError as error:
         say(f"no {arm} control: {error}")

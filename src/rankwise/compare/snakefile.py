@@ -9,7 +9,7 @@ from rankwise.compare.cells import Cell
 from rankwise.files import write_text
 
 TEXT = """# Written by rankwise compare --snakefile; run it in this folder:
-#     snakemake --cores all --keep-going --retries 1
+#     snakemake --cores all --keep-going --retries 1 --rerun-triggers mtime
 # with an executor plugin for a cluster, and --default-resources for its memory, time and GPUs.
 # A cell whose failure would only be repeated leaves a file that says so, and stops nothing.
 
@@ -25,7 +25,8 @@ rule cell:
     output:
         "cells/{{name}}.json",
     input:
-        lambda wildcards: expand("cells/{{name}}.json", name=NEEDS[wildcards.name]),
+        # ancient: what is there stays, whatever wrote it and when
+        lambda wildcards: [ancient(f"cells/{{name}}.json") for name in NEEDS[wildcards.name]],
     threads: {threads}
     shell:
         {command}

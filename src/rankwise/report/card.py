@@ -110,7 +110,7 @@ def _method(plan: RankPlan) -> str:
 
 
 def _rank_table(plan: RankPlan) -> list[str]:
-    layers, matrices, ranks = grid(plan)
+    layers, matrices, ranks = grid(plan.ranks)
     names = [markdown(name) for name in matrices]
     lines = ["| layer | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(matrices)]
     for i, layer in enumerate(layers):

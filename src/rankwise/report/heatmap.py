@@ -1,10 +1,14 @@
 """ranks.png: the ranks of a plan as a heat map, layers x matrices (arXiv 2403.09113, figure 3)."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from rankwise.files import temporary_name
 from rankwise.plan import RankPlan
+
+T = TypeVar("T")
 
 
 def save_heatmap(plan: RankPlan, path: Path) -> bool:
@@ -22,7 +26,7 @@ def save_heatmap(plan: RankPlan, path: Path) -> bool:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    layers, matrices, ranks = grid(plan)
+    layers, matrices, ranks = grid(plan.ranks)
     figure = Figure(
         figsize=(1.8 + 0.55 * len(layers), 1.5 + 0.5 * len(matrices)), layout="constrained"
     )
@@ -54,22 +58,22 @@ def save_heatmap(plan: RankPlan, path: Path) -> bool:
     return True
 
 
-def grid(plan: RankPlan) -> tuple[list[str], list[str], list[list[int | None]]]:
-    """A plan as a table: layer names, matrix names, and ranks[matrix][layer], None where absent.
+def grid(of: Mapping[str, T]) -> tuple[list[str], list[str], list[list[T | None]]]:
+    """Ranks by entry as a table: layers, matrices, and ranks[matrix][layer], None where absent.
 
     The layer is the first number in an entry's name; the matrix is the name's last part, or more of
     its end where two entries of a layer share that.
     """
     places = []
-    for name in plan.modules:
+    for name in of:
         found = re.search(r"(?:^|\.)(\d+)\.", name)
         layer = found.group(1) if found else "-"
         places.append((layer, f"{name[: found.start()]}.{name[found.end() :]}" if found else name))
     short = _shortest({rest for _, rest in places})
     layers = list(dict.fromkeys(layer for layer, _ in places))
     matrices = list(dict.fromkeys(short[rest] for _, rest in places))
-    ranks: list[list[int | None]] = [[None] * len(layers) for _ in matrices]
-    for (layer, rest), r in zip(places, plan.ranks.values(), strict=True):
+    ranks: list[list[T | None]] = [[None] * len(layers) for _ in matrices]
+    for (layer, rest), r in zip(places, of.values(), strict=True):
         ranks[matrices.index(short[rest])][layers.index(layer)] = r
     return layers, matrices, ranks
 

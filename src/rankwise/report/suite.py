@@ -1,0 +1,340 @@
+"""The results of a comparison, gathered from their files: arms by task and seed, and what pairs."""
+
+import math
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rankwise.compare.cells import Failure, read_cell
+from rankwise.errors import ResultError
+from rankwise.report.statistics import Interval, mean_of, t_over_tasks, two_level
+from rankwise.report.table import LARGER
+from rankwise.result import Result
+from rankwise.tasks.metrics import METRICS, find_metric
+
+LEARNED = 2.0  # standard errors above what a model that was taught nothing scores
+
+Place = tuple[str, int]
+"""A task and a seed."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One method of a comparison.
+
+    Attributes:
+        label: its name.
+        results: by task and seed.
+        is_lora: whether it is plain LoRA of one rank everywhere, which others are compared with.
+        size_of: label of the arm whose size it takes, or "".
+    """
+
+    label: str
+    results: dict[Place, Result]
+    is_lora: bool
+    size_of: str = ""
+
+    def parameters(self, places: Iterable[Place]) -> float:
+        """Mean trained parameters, the task head left out where LoRA's are known."""
+        return statistics.fmean(size_of(self.results[place]) for place in places)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """All that a folder of result files says.
+
+    Attributes:
+        arms: plain LoRA first, then by label.
+        tasks: labels, in order.
+        rates: results that only judged a learning rate.
+        failures: cells without a result.
+        problems: files that could not be read, one line each.
+    """
+
+    arms: list[Arm]
+    tasks: list[str]
+    rates: list[Result] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def results(self) -> list[Result]:
+        """Those that count."""
+        return [result for arm in self.arms for result in arm.results.values()]
+
+    def learned(self, place: Place) -> bool:
+        """Whether some plain LoRA of that task and seed learned anything; True where none tells."""
+        found = [learned(a.results[place]) for a in self.arms if a.is_lora and place in a.results]
+        return not found or any(answer is not False for answer in found)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An arm against plain LoRA, over the tasks and seeds that both have.
+
+    Attributes:
+        arm, reference: which.
+        size: the arm's parameters over the reference's.
+        differences: in points, positive where the arm is better; by task, one a seed.
+        left_out: where the reference learned nothing.
+    """
+
+    arm: Arm
+    reference: Arm
+    size: float
+    differences: dict[str, list[float]]
+    left_out: list[Place]
+
+    @property
+    def equal_size(self) -> bool:
+        return 1 / LARGER <= self.size <= LARGER
+
+    @property
+    def bootstrap(self) -> Interval:
+        return two_level(list(self.differences.values()))
+
+    @property
+    def t(self) -> Interval:
+        return t_over_tasks(list(self.differences.values()))
+
+    @property
+    def mean(self) -> float:
+        return mean_of(list(self.differences.values()))
+
+    def verdict(self) -> str:
+        """In a word; a difference is one where both intervals say so."""
+        if not self.equal_size:
+            return "not of one size"
+        if math.isnan(self.t.low):
+            return "too few to say"
+        if self.bootstrap.excludes_zero and self.t.excludes_zero:
+            return "better" if self.mean > 0 else "worse"
+        return "no difference shown"
+
+
+def result_files(paths: Sequence[str | Path]) -> list[Path]:
+    """JSON files: those given, and of a folder those in `cells/`, or in it.
+
+    Raises:
+        ResultError: nothing there.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = path / "cells" if (path / "cells").is_dir() else path
+            files = sorted(f for f in inside.glob("*.json") if not f.name.endswith(".plan.json"))
+            if not files:
+                raise ResultError(f"no result files in {inside}; give a folder of `compare`")
+            found += files
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise ResultError(f"no file or folder {path}")
+    return found
+
+
+def load(paths: Sequence[str | Path]) -> Suite:
+    """Reads result files; of those that cannot be read, a line each is kept.
+
+    Args:
+        paths: files, and folders of them: of `rankwise compare`, or of `metrics.json` of runs.
+
+    Raises:
+        ResultError: there is no result at all.
+    """
+    results: list[Result] = []
+    failures, problems = [], []
+    for file in result_files(paths):
+        try:
+            found = read_cell(file)
+        except ResultError as error:
+            problems.append(" ".join(str(error).split()))
+            continue
+        if isinstance(found, Failure):
+            failures.append(found)
+        elif found is not None:
+            results.append(found)
+            if "cell" not in found.about:  # a run's controls are arms of their own
+                results += found.controls
+    judging = [result for result in results if _spec(result).get("held_out")]
+    counting = [result for result in results if not _spec(result).get("held_out")]
+    if not counting:
+        said = f": {problems[0]}" if problems else ""
+        raise ResultError(f"no result to report among {', '.join(map(str, paths))}{said}")
+    arms = _arms(counting)
+    tasks = dict.fromkeys(task_of(result) for result in counting)
+    return Suite(arms, sorted(tasks), judging, failures, problems)
+
+
+def _arms(results: Sequence[Result]) -> list[Arm]:
+    by_label: dict[str, dict[Place, Result]] = {}
+    labels = {cell_name(r): label_of(r) for r in results}
+    for result in results:
+        by_label.setdefault(label_of(result), {})[task_of(result), seed_of(result)] = result
+    arms = []
+    for label, found in by_label.items():
+        of = {labels.get(_spec(r).get("size_of") or "", "") for r in found.values()}
+        plain = all(r.method.get("name") == "LoRA" and _uniform(r) for r in found.values())
+        arms.append(Arm(label, found, plain, of.pop() if len(of) == 1 else ""))
+    return sorted(arms, key=lambda arm: (not arm.is_lora, arm.label.lower()))
+
+
+def _uniform(result: Result) -> bool:
+    return len(set((result.ranks or {}).values())) == 1
+
+
+def _spec(result: Result) -> dict[str, Any]:
+    found = result.about.get("cell", {}).get("spec", {})
+    return found if isinstance(found, dict) else {}
+
+
+def cell_name(result: Result) -> str:
+    return str(result.about.get("cell", {}).get("name", ""))
+
+
+def label_of(result: Result) -> str:
+    """What the recipe calls the method; of a run, its own name."""
+    return str(_spec(result).get("method", {}).get("label", result.name))
+
+
+def task_of(result: Result) -> str:
+    """What the recipe calls the task; of a run, its own name."""
+    return str(_spec(result).get("task", {}).get("label", result.task.get("name", "")))
+
+
+def seed_of(result: Result) -> int:
+    return int(result.training.get("seed") or 0)
+
+
+def size_of(result: Result) -> int:
+    """LoRA parameters, or all trained ones of a method without ranks."""
+    if result.lora_parameters is None:
+        return result.trainable_parameters
+    return result.lora_parameters
+
+
+def main_metric(result: Result) -> str:
+    return str(result.task["metrics"][0])
+
+
+def scale(metric: str) -> float | None:
+    """What makes points, hundredths of the best value, of a metric; None where it has no end."""
+    found = re.search(r"to (\d+)", find_metric(metric).range) if metric in METRICS else None
+    return 100 / float(found[1]) if found else None
+
+
+def points(result: Result) -> float:
+    """The main metric in points, or as it is where it has no best value."""
+    metric = main_metric(result)
+    return result.metrics[metric] * (scale(metric) or 1.0)
+
+
+def gain(ours: Result, other: Result) -> float:
+    """How many points the first is better."""
+    sign = 1 if find_metric(main_metric(ours)).greater_is_better else -1
+    return sign * (points(ours) - points(other))
+
+
+def learned(result: Result) -> bool | None:
+    """Whether a result is above what a model that was taught nothing scores, by two standard errors
+    of so many rows; None where the file does not say what that is."""
+    metric = main_metric(result)
+    floor = result.about.get("floor", {}).get(metric)
+    if floor is None and "0 for" in find_metric(metric).range:
+        floor = 0.0
+    if not isinstance(floor, int | float):
+        return None
+    rows = max(1, result.rows.get("evaluated", 1))
+    known = find_metric(metric)
+    better = (1 if known.greater_is_better else -1) * (result.metrics[metric] - floor)
+    if scale(metric) is None:  # a loss, say: of the base model as it was
+        return bool(better > 0.01 * abs(floor))
+    share = floor if 0 < floor < 1 else 0.5
+    spread = 1.0 if "-1" in known.range else math.sqrt(share * (1 - share))
+    return bool(better > LEARNED * spread / math.sqrt(rows) * (100 / (scale(metric) or 100)))
+
+
+def comparisons(suite: Suite) -> list[Comparison]:
+    """Every arm against the plain LoRA of its size, or the nearest to it in size."""
+    found = []
+    for arm in suite.arms:
+        references = [a for a in suite.arms if a.is_lora and a is not arm]
+        if (reference := _reference(arm, references)) is not None:
+            found.append(_compare(suite, arm, reference))
+    return [c for c in found if c.differences or c.left_out]
+
+
+def _common(arm: Arm, other: Arm) -> list[Place]:
+    return [place for place in arm.results if place in other.results]
+
+
+def _reference(arm: Arm, references: Sequence[Arm]) -> Arm | None:
+    made_for = [other for other in references if other.size_of == arm.label]
+    if made_for:
+        return made_for[0]
+    if arm.is_lora and arm.size_of:
+        return None  # a control itself
+    near = []
+    for other in references:
+        if places := _common(arm, other):
+            ratio = math.log(arm.parameters(places) / other.parameters(places))
+            near.append((abs(ratio), -len(places), other.label, other))
+    return min(near)[-1] if near and not arm.is_lora else None
+
+
+def _compare(suite: Suite, arm: Arm, reference: Arm) -> Comparison:
+    places = _common(arm, reference)
+    kept = [p for p in places if learned(reference.results[p]) is not False]
+    differences: dict[str, list[float]] = {}
+    for task, seed in sorted(kept):
+        ours, other = arm.results[task, seed], reference.results[task, seed]
+        if scale(main_metric(ours)) is not None:
+            differences.setdefault(task, []).append(gain(ours, other))
+    left = [p for p in places if p not in kept]
+    size = arm.parameters(places) / reference.parameters(places)
+    return Comparison(arm, reference, size, differences, left)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an arm took, over one plain LoRA run on the same machine; medians over cells."""
+
+    search: float
+    train: float
+    total: float
+    least: float
+    most: float
+    cells: int
+
+
+def costs(compared: Comparison) -> Cost | None:
+    """Of cells that no restart cut in two, on the machine and with the threads of the reference."""
+    ratios = []
+    for place in _common(compared.arm, compared.reference):
+        ours, other = compared.arm.results[place], compared.reference.results[place]
+        base = _seconds(other)
+        if not base or setup(ours) != setup(other):
+            continue
+        if ours.about.get("resumed") or other.about.get("resumed"):
+            continue
+        search, train = ours.cost["search_seconds"] / base, ours.cost["train_seconds"] / base
+        ratios.append((search, train, search + train))
+    if not ratios:
+        return None
+    search, train, total = (statistics.median(column) for column in zip(*ratios, strict=True))
+    totals = [ratio[2] for ratio in ratios]
+    return Cost(search, train, total, min(totals), max(totals), len(ratios))
+
+
+def _seconds(result: Result) -> float:
+    return float(result.cost["search_seconds"] + result.cost["train_seconds"])
+
+
+def setup(result: Result) -> tuple[Any, ...]:
+    """What seconds hang on: machine, threads, and how many ran side by side."""
+    machine = result.about.get("machine", {})
+    names = ("processor", "cores", "gpu", "workers")
+    return (*(machine.get(name) for name in names), result.about.get("threads"))
