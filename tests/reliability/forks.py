@@ -85,6 +85,7 @@ def child(
     cwd: str,
     log: str,
     kill_at: int | None = None,
+    kill_on: str | None = None,
     full_at: int | None = None,
     largest: int | None = None,
     interrupt_at: int | None = None,
@@ -98,6 +99,7 @@ def child(
         cwd: its folder; only file operations below it are counted.
         log: a name for files that say what happened.
         kill_at: SIGKILL at the start of this file operation.
+        kill_on: SIGKILL at the first one on a path that has this in it.
         full_at: from this file operation on, nothing can be created.
         largest: bytes of the largest file that can be written.
         interrupt_at, number: sends itself this signal at this file operation.
@@ -124,7 +126,7 @@ def child(
         if not (writes or event in CHANGES) or not inside(args[0]):
             return
         count += 1
-        if count == kill_at:
+        if count == kill_at or (kill_on is not None and kill_on in os.fsdecode(args[0])):
             os.kill(os.getpid(), signal.SIGKILL)
         if count == interrupt_at:
             os.kill(os.getpid(), number)
@@ -156,7 +158,7 @@ def child(
     sys.stderr.flush()
     watch = False
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    full_at = kill_at = interrupt_at = None
+    full_at = kill_at = interrupt_at = kill_on = None
     Path(f"{log}.json").write_text(json.dumps({"operations": count, "forbidden": forbidden}))
     os._exit(code)
 
