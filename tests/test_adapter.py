@@ -21,9 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from families import Family, batch, family
-from rankwise import Adapter, AdapterError, OutputError, PlanError, RankPlan
+from rankwise import Adapter, AdapterError, OutputError, PlanError, RankPlan, files
 from rankwise import adapter as module
-from rankwise import files
 from rankwise.gate import attach_nested, bake, keep_first
 from rankwise.lora import build, uniform
 from rankwise.orders import Ordered, by_sigma

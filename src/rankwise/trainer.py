@@ -1,7 +1,9 @@
 """A Trainer that stops at a bad loss; arguments, checkpoints and resuming, which all share."""
 
+import gc
 import json
 import shutil
+import sys
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -356,11 +358,23 @@ def check_arguments(args: TrainingArguments) -> None:
             f"lr_scheduler_type {kind_of} cannot be built: {_line(error)}; its arguments go "
             "into --training_arguments as lr_scheduler_kwargs"
         ) from error
+    if said := _missing_reporter(args):
+        raise RankwiseError(f"--report_to: {said}")
+
+
+def _missing_reporter(args: TrainingArguments) -> str:
+    """Why a reporter cannot be had, in words; "" where all can."""
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda _: None  # half-made, some break when they are thrown away too
     try:
         for reporter in get_reporting_integration_callbacks(args.report_to):
             reporter()
     except Exception as error:
-        raise RankwiseError(f"--report_to: {_line(error)}") from error
+        return _line(error)
+    finally:
+        gc.collect()
+        sys.unraisablehook = hook
+    return ""
 
 
 def _line(error: Exception) -> str:

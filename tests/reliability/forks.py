@@ -64,9 +64,7 @@ class Forks:
         """Its end; it is killed after so many seconds, and in any case after 120."""
         return Done(**self._ask({"wait": started, "kill_after": kill_after}))
 
-    def run(
-        self, argv: list[str], cwd: Path, kill_after: float | None = None, **how: Any
-    ) -> Done:
+    def run(self, argv: list[str], cwd: Path, kill_after: float | None = None, **how: Any) -> Done:
         """Both."""
         return self.wait(self.start(argv, cwd, **how), kill_after)
 

@@ -25,7 +25,7 @@ def model_and_rows(folder: Path) -> tuple[str, str, str]:
     make = fixtures.tiny_bert.__wrapped__ if hasattr(fixtures.tiny_bert, "__wrapped__") else None
     make = make or fixtures.tiny_bert._get_wrapped_function()
     few, many = folder / "few", folder / "many"
-    few.mkdir()
+    few.mkdir(parents=True)
     many.mkdir()
     fixtures.write_splits(few, train=36, validation=12, test=12)
     fixtures.write_splits(many, train=36, validation=80, test=12)

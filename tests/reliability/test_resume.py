@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from same import difference
 from safetensors.torch import load_file, save_file
+from same import difference
 
 from rankwise import CheckpointError, RankPlan
 from rankwise.methods import METHODS, by_name
