@@ -62,7 +62,7 @@ class Drive:
 
     def kills(self, count: int) -> Iterator[Trial]:
         """SIGKILL, half at file operations and half after a time, over all commands in turn."""
-        names = [name for name in COMMANDS]
+        names = list(COMMANDS)
         self.rng.shuffle(names)
         for n in range(count):
             whole = self.of(names[n % len(names)])

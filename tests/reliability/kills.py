@@ -36,8 +36,7 @@ OWN = {
 }
 COMMANDS = {
     "run": Command(
-        ["run", "--method", "autolora", "--r", "4", "--gate_learning_rate", "0.1"]
-        + ["--control", "lora", *FAST]
+        "run --method autolora --r 4 --gate_learning_rate 0.1 --control lora".split() + FAST
     ),
     "run-cut": Command(
         ["run", "--method", "cut", "--r", "4", "--control", "none", "--sizes", "3", *FAST], "many"

@@ -114,7 +114,7 @@ def test_an_adapter_with_a_factor_missing_is_not_loaded(trained, bert, tmp_path)
     whole = load_file(weights)
     gone = min(name for name in whole if "lora_B" in name)
     save_file({n: t for n, t in whole.items() if n != gone}, weights)
-    with pytest.raises(AdapterError, match="lacks '.*lora_B"):
+    with pytest.raises(AdapterError, match=r"lacks '.*lora_B"):
         by_name("lora").load(bert, tmp_path)
 
 

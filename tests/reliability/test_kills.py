@@ -1,4 +1,4 @@
-"""SIGKILL at seeded moments, resumed, and compared bit for bit with a run that was never stopped."""
+"""SIGKILL at seeded moments, resumed, and compared bit for bit with the undisturbed run."""
 
 import random
 
