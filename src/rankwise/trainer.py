@@ -334,8 +334,14 @@ def check_arguments(args: TrainingArguments) -> None:
     So an optimizer, a schedule or a reporter that is not to be had shows before any work.
 
     Raises:
-        RankwiseError: it cannot be built; says which.
+        RankwiseError: it cannot be built, or a number is out of its range; says which.
     """
+    for name in ("weight_decay", "learning_rate", "max_grad_norm", "warmup_steps"):
+        value = getattr(args, name)
+        if not 0 <= value < float("inf"):
+            raise RankwiseError(f"{name} is {value}; it has to be at least 0")
+    if args.max_steps == 0:
+        raise RankwiseError("max_steps is 0; give at least 1, or -1 to train num_train_epochs")
     model = nn.Linear(1, 1)
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
