@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+ATTACK_ARGS ?=
 BENCH_ARGS ?=
 
 VENV := .venv
@@ -10,7 +11,7 @@ STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench clean
+.PHONY: help setup demo test attack lint format bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -22,6 +23,9 @@ demo: $(STAMP) ## choose ranks for a small model on a small data set, into runs/
 
 test: $(STAMP) ## run the tests (the quick ones only: make test PYTEST_ARGS="-m 'not slow'")
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+attack: $(STAMP) ## kill, fill the disk, feed nonsense, and count (a small one: make attack ATTACK_ARGS="--kills 30")
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/reliability/attack.py $(ATTACK_ARGS)
 
 lint: $(STAMP) ## check style, format and types
 	$(BIN)/ruff check .

@@ -146,6 +146,7 @@ PRIVATE = {
     "transformers.Trainer._get_num_items_in_batch": "bilevel.py: the loss of a validation batch",
     "transformers.Trainer._clip_grad_norm": "bilevel.py: gates do not count in clipping",
     "transformers.Trainer.evaluation_loop": "trainer.py: the losses of batches",
+    "tqdm.std.tqdm._instances": "cli: bars end before the last line",
     "transformers.integrations.get_reporting_integration_callbacks": "trainer.py: checked early",
 }
 

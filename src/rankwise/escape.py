@@ -58,4 +58,9 @@ def yaml(text: Any) -> str:
         r"(?i)y|yes|n|no|on|off|true|false|null", plain
     ):
         return plain
-    return json.dumps(plain)
+    quoted = json.dumps(plain, ensure_ascii=False)
+    return re.sub(
+        r"[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff\ud800-\udfff]",
+        lambda found: f"\\u{ord(found[0]):04x}",
+        quoted,
+    )

@@ -308,6 +308,8 @@ def load_job(
 ) -> Job:
     """Encodes a task's rows for a model; everything that can be wrong with them is found here."""
     task.check_metrics()
+    if args.dataloader_drop_last:
+        raise DataError("dataloader_drop_last would leave rows out of the figures; leave it out")
     tokenizer = tasks.load_tokenizer(
         source.name_or_path,
         gguf_file=source.gguf_file,

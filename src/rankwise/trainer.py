@@ -1,9 +1,11 @@
 """A Trainer that stops at a bad loss; arguments, checkpoints and resuming, which all share."""
 
+import gc
 import inspect
 import json
 import os
 import shutil
+import sys
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -360,8 +362,14 @@ def check_arguments(args: TrainingArguments) -> None:
     So an optimizer, a schedule or a reporter that is not to be had shows before any work.
 
     Raises:
-        RankwiseError: it cannot be built; says which.
+        RankwiseError: it cannot be built, or a number is out of its range; says which.
     """
+    for name in ("weight_decay", "learning_rate", "max_grad_norm", "warmup_steps"):
+        value = getattr(args, name)
+        if not 0 <= value < float("inf"):
+            raise RankwiseError(f"{name} is {value}; it has to be at least 0")
+    if args.max_steps == 0:
+        raise RankwiseError("max_steps is 0; give at least 1, or -1 to train num_train_epochs")
     model = nn.Linear(1, 1)
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
@@ -384,11 +392,23 @@ def check_arguments(args: TrainingArguments) -> None:
             f"lr_scheduler_type {kind_of} cannot be built: {_line(error)}; its arguments go "
             "into --training_arguments as lr_scheduler_kwargs"
         ) from error
+    if said := _missing_reporter(args):
+        raise RankwiseError(f"--report_to: {said}")
+
+
+def _missing_reporter(args: TrainingArguments) -> str:
+    """Why a reporter cannot be had, in words; "" where all can."""
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda _: None  # half-made, some break when they are thrown away too
     try:
         for reporter in get_reporting_integration_callbacks(args.report_to):
             reporter()
     except Exception as error:
-        raise RankwiseError(f"--report_to: {_line(error)}") from error
+        return _line(error)
+    finally:
+        gc.collect()
+        sys.unraisablehook = hook
+    return ""
 
 
 def _line(error: Exception) -> str:

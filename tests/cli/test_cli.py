@@ -99,6 +99,7 @@ def refused(capsys, argv: list[str], *words: str, code: int = 2) -> str:
 
 def test_run_writes_everything_and_leaves_nothing_else(finished):
     assert names(finished) == [
+        ".rankwise",
         "adapter/README.md",
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
@@ -180,7 +181,7 @@ def test_nothing_but_peft_s_own_config_holds_a_path(finished, tiny_bert, rows_di
 def test_search_train_evaluate_give_what_run_gave(finished, base, tmp_path, capsys):
     main(["search", *base, "--output_dir", str(tmp_path / "s")])
     assert json_of(tmp_path / "s" / "plan.json") == json_of(finished / "plan.json")
-    assert names(tmp_path / "s") == ["metrics.json", "plan.json", "ranks.png"]
+    assert names(tmp_path / "s") == [".rankwise", "metrics.json", "plan.json", "ranks.png"]
     assert metrics_of(tmp_path / "s")["search_seconds"] > 0
     assert metrics_of(tmp_path / "s")["ranks"] == metrics_of(finished)["ranks"]
     plan = str(tmp_path / "s" / "plan.json")
@@ -460,14 +461,16 @@ def test_results_are_not_overwritten_unasked(trained, base, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(trained, out)
     (out / "plan.json").write_text("precious")
-    (out / "stale.txt").write_text("of an earlier version")
+    (out / "rows.txt").write_text("put there by hand")
     argv = ["train", *for_train(base), "--r", "4", "--max_steps", "1", "--output_dir", str(out)]
     refused(capsys, argv, str(out), "--overwrite_output_dir")
     assert (out / "plan.json").read_text() == "precious"
+    refused(capsys, [*argv, "--overwrite_output_dir"], "rows.txt", "did not write")
+    assert (out / "plan.json").read_text() == "precious"
+    (out / "rows.txt").unlink()
     main([*argv, "--overwrite_output_dir"])
     assert RankPlan.load(out / "plan.json").r == 4
     assert metrics_of(out)["cost"]["steps"] == 1
-    assert not (out / "stale.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

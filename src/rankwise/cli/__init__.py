@@ -25,8 +25,7 @@ COMMANDS = {
 FULL = 2**24  # a disk with fewer free bytes is called full
 
 
-class Stopped(KeyboardInterrupt):
-    """The process was asked to end, by the signal of this number."""
+_asked: list[int] = []  # the signals that asked this process to end
 
 
 def main(argv: "Sequence[str] | None" = None) -> None:
@@ -51,6 +50,7 @@ def main(argv: "Sequence[str] | None" = None) -> None:
         _fail(f"no command {argv[0]!r}{_meant(argv[0])}; there are {', '.join(COMMANDS)}", 2)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     before = _listen()
+    _asked.clear()
     try:
         from importlib import import_module
 
@@ -75,18 +75,23 @@ def main(argv: "Sequence[str] | None" = None) -> None:
 
 
 def _listen() -> "dict[int, Any]":
-    """Lets the signals that ask a process to end raise Stopped; returns the handlers of before."""
+    """Lets the signals that ask a process to end raise an error, and returns their old handlers.
+
+    Which signal it was is noted: what is being imported may turn the error into one of its own.
+    """
 
     def stop(number: int, frame: object) -> None:
         signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
-        raise Stopped(number)
+        _asked.append(number)
+        raise KeyboardInterrupt
 
     before = {}
-    for name in ("SIGTERM", "SIGHUP"):
+    for name in ("SIGTERM", "SIGHUP", "SIGINT"):
         number = getattr(signal, name, None)
         try:
             # nohup ignores SIGHUP, and that is to stay
-            if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            default = (signal.SIG_DFL, signal.default_int_handler)
+            if number is not None and signal.getsignal(number) in default:
                 before[number] = signal.signal(number, stop)
         except ValueError:  # not in the main thread
             pass
@@ -97,14 +102,16 @@ def _explain(error: BaseException, debug: bool) -> "NoReturn":
     """One line for what stopped a command, and the exit."""
     from rankwise.errors import DivergedError, RankwiseError
 
-    if isinstance(error, RankwiseError):
+    asked = bool(_asked) or isinstance(error, KeyboardInterrupt)
+    if isinstance(error, RankwiseError) and not asked:
         _let_go()
         _fail(_as_flags(" ".join(str(error).split())), 2)
-    print(file=sys.stderr)  # a progress bar has not ended its line
-    if isinstance(error, DivergedError):
+    _end_bars()
+    print(file=sys.stderr)  # what was being written has not ended its line
+    if isinstance(error, DivergedError) and not asked:
         _fail(str(error), 1)
-    if isinstance(error, KeyboardInterrupt):
-        number = error.args[0] if isinstance(error, Stopped) else signal.SIGINT
+    if asked:
+        number = _asked[0] if _asked else signal.SIGINT
         name = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
         _fail(f"stopped{name}{_how_to_go_on(drop=False)}", 128 + number)
     if isinstance(error, BrokenPipeError):
@@ -113,6 +120,13 @@ def _explain(error: BaseException, debug: bool) -> "NoReturn":
     message = _broken(error)
     more = "" if debug else "; --debug shows where"
     _fail(f"{message}{more}{_how_to_go_on(drop=True)}", 1)
+
+
+def _end_bars() -> None:
+    """Progress bars draw themselves once more when they go; that has to be before the last line."""
+    if (tqdm := sys.modules.get("tqdm.std")) is not None:
+        for bar in list(tqdm.tqdm._instances):
+            bar.close()
 
 
 def _broken(error: BaseException) -> str:

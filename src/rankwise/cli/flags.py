@@ -289,7 +289,7 @@ def _config_flags(path: str, actions: dict[str, Action], elsewhere: Mapping[str,
         if key in ("help", "config") or key not in actions:
             hint = _hint(f"--{key}", [*actions], elsewhere)
             raise RankwiseError(
-                f"--config {path} has {str(key)!r}, which is no flag{hint or '; see --help'}"
+                f"--config {path} has {str(key)!r}, which is no flag{hint}; see --help"
             )
     known = {key: value for key, value in config.items() if key in actions}
     return _as_flags(f"--config {path}", known, actions)

@@ -141,11 +141,6 @@ def training_arguments(fit: FitArguments) -> "TrainingArguments":
     values = asdict(fit)
     extra = values.pop("training_arguments") or {}
     ours = {*values, "output_dir", "save_strategy", "label_names", "eval_strategy"}
-    if extra.get("dataloader_drop_last"):
-        raise RankwiseError(
-            "--training_arguments: dataloader_drop_last would leave rows out of the figures too; "
-            "leave it out"
-        )
     if clash := sorted(set(extra) & ours):
         raise RankwiseError(f"--training_arguments: {clash[0]} is set elsewhere; leave it out")
     if secret := [key for key in extra if key.endswith("token")]:

@@ -1,0 +1,219 @@
+"""Runs commands in forked children of a process that has imported everything: a run takes a second.
+
+`Forks` starts this file as that process. A child may be killed at its n-th file operation or after
+some seconds, may find the disk full from its n-th file operation on, or may not go on the network.
+"""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod")
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended: its exit code (negative: the signal), output, and file operations."""
+
+    code: int
+    out: str
+    err: str
+    operations: int
+    forbidden: list[str]
+
+    @property
+    def line(self) -> str:
+        """The last line of standard error."""
+        return (self.err.strip().splitlines() or [""])[-1]
+
+    @property
+    def crashed(self) -> bool:
+        """Whether there is a traceback."""
+        return "Traceback (most recent call last)" in self.err
+
+
+class Forks:
+    """The process that forks; ends with `close`."""
+
+    def __init__(self, source: str | None = None):
+        environment = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+        if source is not None:
+            environment["PYTHONPATH"] = source
+        environment.pop("WORLD_SIZE", None)
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    def start(self, argv: list[str], cwd: Path, **how: Any) -> dict[str, Any]:
+        """Starts a command; see `child` for what may be asked of it."""
+        return self._ask({"argv": [str(word) for word in argv], "cwd": str(cwd), **how})
+
+    def wait(self, started: dict[str, Any], kill_after: float | None = None) -> Done:
+        """Its end; it is killed after so many seconds, and in any case after 120."""
+        return Done(**self._ask({"wait": started, "kill_after": kill_after}))
+
+    def run(self, argv: list[str], cwd: Path, kill_after: float | None = None, **how: Any) -> Done:
+        """Both."""
+        return self.wait(self.start(argv, cwd, **how), kill_after)
+
+    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+
+
+def child(
+    argv: list[str],
+    cwd: str,
+    log: str,
+    kill_at: int | None = None,
+    kill_on: str | None = None,
+    full_at: int | None = None,
+    largest: int | None = None,
+    interrupt_at: int | None = None,
+    number: int = signal.SIGTERM,
+    watch: bool = False,
+) -> None:
+    """The command, in the forked process.
+
+    Args:
+        argv: of `rankwise`.
+        cwd: its folder; only file operations below it are counted.
+        log: a name for files that say what happened.
+        kill_at: SIGKILL at the start of this file operation.
+        kill_on: SIGKILL at the first one on a path that has this in it.
+        full_at: from this file operation on, nothing can be created.
+        largest: bytes of the largest file that can be written.
+        interrupt_at, number: sends itself this signal at this file operation.
+        watch: note what it opens outside `cwd`, connects to, runs or unpickles.
+    """
+    os.chdir(cwd)
+    count, forbidden = 0, []
+    roots = (os.path.realpath(cwd), os.path.realpath(sys.prefix), os.path.realpath(sys.base_prefix))
+
+    def inside(path: object) -> bool:
+        if not isinstance(path, str | bytes | os.PathLike):
+            return False
+        return os.path.realpath(os.path.abspath(os.fsdecode(path))).startswith(roots[0])
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal count
+        if watch and event in ("socket.connect", "socket.getaddrinfo", "subprocess.Popen"):
+            forbidden.append(f"{event} {args[1:3]}")
+        if watch and event == "pickle.find_class" and args[0] in ("os", "posix", "subprocess"):
+            forbidden.append(f"{event} {args}")
+        if watch and event == "open" and str(args[0]).endswith("secret"):
+            forbidden.append(f"{event} {args[0]}")
+        writes = event == "open" and isinstance(args[2], int) and args[2] & WRITES
+        if not (writes or event in CHANGES) or not inside(args[0]):
+            return
+        count += 1
+        if count == kill_at or (kill_on is not None and kill_on in os.fsdecode(args[0])):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if count == interrupt_at:
+            os.kill(os.getpid(), number)
+        if full_at is not None and count >= full_at and (writes or event == "os.mkdir"):
+            raise OSError(28, "No space left on device", str(args[0]))
+
+    for stream, name in ((1, "out"), (2, "err")):
+        opened = os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(opened, stream)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", closefd=False)
+    if largest is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
+    sys.addaudithook(hook)
+    from rankwise.cli import main
+
+    code = 0
+    try:
+        main(argv)
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    watch = False
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    full_at = kill_at = interrupt_at = kill_on = None
+    Path(f"{log}.json").write_text(json.dumps({"operations": count, "forbidden": forbidden}))
+    os._exit(code)
+
+
+def serve() -> None:
+    """Reads questions, one a line."""
+    import tempfile
+
+    import torch  # noqa: F401
+
+    import rankwise.cli.cut
+    import rankwise.cli.demo
+    import rankwise.cli.evaluate
+    import rankwise.cli.run
+    import rankwise.cli.search
+    import rankwise.cli.show
+    import rankwise.cli.train
+    import rankwise.job
+    import rankwise.orders  # noqa: F401
+
+    logs = tempfile.mkdtemp()
+    answers = os.dup(1)
+    os.dup2(2, 1)
+    for number, line in enumerate(sys.stdin):
+        question = json.loads(line)
+        if "wait" in question:
+            answer = ended(**question["wait"], kill_after=question["kill_after"])
+        else:
+            log = f"{logs}/{number}"
+            pid = os.fork()
+            if pid == 0:
+                os.setsid()
+                child(**question, log=log)
+            answer = {"pid": pid, "log": log}
+        os.write(answers, (json.dumps(answer) + "\n").encode())
+
+
+def ended(pid: int, log: str, kill_after: float | None) -> dict[str, Any]:
+    """Waits for a child."""
+    deadline = time.monotonic() + (kill_after or 120)
+    while (found := os.waitpid(pid, os.WNOHANG))[0] == 0:
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            deadline += 120
+        time.sleep(0.01)
+    about = {"operations": 0, "forbidden": []}
+    if Path(f"{log}.json").exists():
+        about = json.loads(Path(f"{log}.json").read_text())
+    code = os.waitstatus_to_exitcode(found[1])
+    texts = {
+        name: Path(f"{log}.{name}").read_text(errors="replace")
+        if Path(f"{log}.{name}").exists()
+        else ""
+        for name in ("out", "err")
+    }
+    return {"code": code, **texts, **about}
+
+
+if __name__ == "__main__":
+    serve()
