@@ -19,16 +19,18 @@ SUMMARY = HERE / "results" / "cut-summary.json"
 SIZES = (4, 8, 16, 32, 64)
 ORDERS = (
     "by data",
+    "by data, four looks",
     "by data, one look",
-    "by data, one look, gates at 1",
     "activations",
     "one threshold on σ",
     "energy per layer",
     "one rank by SVD",
     "random",
 )
-SCRATCH = ("all linear, r=1", "query and value, r=1")
+TRAINED_ON = ("by data, healed", "one threshold on σ, healed", "by data, half-way")
+SCRATCH = ("all linear, r=1", "AdaLoRA", "query and value, r=1")
 CONTROL = "one threshold on σ"
+MARGIN = 0.01
 
 
 def main() -> None:
@@ -41,67 +43,81 @@ def main() -> None:
 
 
 def load() -> dict[str, list[dict[str, Any]]]:
-    """Result files that have all arms, by task, in the order of seeds."""
+    """Result files that have all orders, by task, in the order of seeds."""
     runs: dict[str, list[dict[str, Any]]] = {}
     for path in sorted((HERE / "results" / "cut").glob("*-seed*.json")):
         found = json.loads(path.read_text())
-        if set(found["arms"]) >= {"all pieces", *ORDERS, *SCRATCH}:
+        if set(found["arms"]) >= {"all pieces", *ORDERS}:
             runs.setdefault(path.name.partition("-seed")[0], []).append(found)
     return runs
 
 
 def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """By task, means over seeds; over tasks, means of the loss that a cut gives up."""
-    found: dict[str, Any] = {"tasks": {task: one_task(seeds) for task, seeds in runs.items()}}
-    found["given_up"] = {
-        order: {
-            str(size): statistics.mean(
-                t["given_up"][order][str(size)] for t in found["tasks"].values()
-            )
-            for size in SIZES
-        }
+    tasks = {task: one_task(seeds) for task, seeds in runs.items()}
+    given_up = {
+        order: {s: statistics.mean(t["given_up"][order][s] for t in tasks.values()) for s in NAMES}
         for order in ORDERS
     }
-    found["saved_at_16"] = 1 - found["given_up"]["by data"]["16"] / found["given_up"][CONTROL]["16"]
-    found["below_control"] = {
-        str(size): sum(
-            t["given_up"]["by data"][str(size)] < t["given_up"][CONTROL][str(size)]
-            for t in found["tasks"].values()
-        )
-        for size in SIZES
+    return {
+        "tasks": tasks,
+        "given_up": given_up,
+        "saved_at_16": 1 - given_up["by data"]["16"] / given_up[CONTROL]["16"],
+        "below_control": {
+            s: sum(t["given_up"]["by data"][s] < t["given_up"][CONTROL][s] for t in tasks.values())
+            for s in NAMES
+        },
     }
-    return found
+
+
+NAMES = tuple(map(str, SIZES))
 
 
 def one_task(seeds: list[dict[str, Any]]) -> dict[str, Any]:
     metric = seeds[0]["task"]["metrics"][0]
-
-    def mean(arm: str, size: int | None, name: str) -> float:
-        arms = (run["arms"][arm] for run in seeds)
-        return statistics.mean((a if size is None else a[str(size)])[name] for a in arms)
-
-    whole = {name: mean("all pieces", None, name) for name in ("loss", metric)}
+    whole = {name: mean(seeds, "all pieces", None, name) for name in ("loss", metric)}
+    cut = [arm for arm in (*ORDERS, *TRAINED_ON) if all(arm in run["arms"] for run in seeds)]
+    scratch = [arm for arm in SCRATCH if all(arm in run["arms"] for run in seeds)]
+    sizes = {arm: [s for s in NAMES if s in seeds[0]["arms"][arm]] for arm in cut}
+    loss = {arm: {s: mean(seeds, arm, s, "loss") for s in sizes[arm]} for arm in cut}
+    score = {arm: {s: mean(seeds, arm, s, metric) for s in sizes[arm]} for arm in cut}
     return {
         "metric": metric,
         "seeds": [run["seed"] for run in seeds],
-        "learning_rate": seeds[0]["recipe"]["learning_rate"],
+        "rates": seeds[0]["rates"],
+        "steps": seeds[0]["steps"],
         "evaluation_rows": seeds[0]["evaluation_rows"],
         "parameters": seeds[0]["parameters"],
         "all pieces": whole,
-        "loss": {o: {str(s): mean(o, s, "loss") for s in SIZES} for o in ORDERS},
-        "score": {o: {str(s): mean(o, s, metric) for s in SIZES} for o in ORDERS},
-        "given_up": {
-            o: {str(s): mean(o, s, "loss") - whole["loss"] for s in SIZES} for o in ORDERS
-        },
+        "loss": loss,
+        "score": score,
+        "given_up": {a: {s: v - whole["loss"] for s, v in loss[a].items()} for a in cut},
         "scratch": {
-            name: {key: mean(name, None, key) for key in ("parameters", "loss", metric)}
-            for name in SCRATCH
+            arm: {key: mean(seeds, arm, None, key) for key in ("parameters", "loss", metric)}
+            for arm in scratch
         },
+        "as_good": {arm: as_good(score[arm], whole[metric]) for arm in ("by data", CONTROL)},
     }
 
 
+def mean(seeds: list[dict[str, Any]], arm: str, size: str | None, name: str) -> float:
+    arms = (run["arms"][arm] for run in seeds)
+    return statistics.mean((a if size is None else a[size])[name] for a in arms)
+
+
+def as_good(score: dict[str, float], whole: float) -> int:
+    """The largest n so that 1/n and all larger sizes lie within a point of all pieces; or 1."""
+    found = 1
+    for name, value in score.items():
+        if value < whole - MARGIN:
+            break
+        found = int(name)
+    return found
+
+
 def tables(found: dict[str, Any]) -> str:
-    return "\n\n".join([given_up_table(found), scores_table(found)])
+    parts = [given_up_table(found), scores_table(found), trained_table(found)]
+    return "\n\n".join([*filter(None, parts), aims(found)])
 
 
 def given_up_table(found: dict[str, Any]) -> str:
@@ -113,51 +129,99 @@ def given_up_table(found: dict[str, Any]) -> str:
         "| --- |" + " ---: |" * len(SIZES),
     ]
     for order in ORDERS:
-        cells = [f"{found['given_up'][order][str(size)]:+.3f}" for size in SIZES]
+        cells = [f"{found['given_up'][order][s]:+.3f}" for s in NAMES]
         lines.append(f"| {order} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def scores_table(found: dict[str, Any]) -> str:
     """The metric in points, by task and size, of the order by data and of its control."""
-    head = [f"1/{size}" for size in SIZES]
     lines = [
-        "The task's metric in points: by data / one threshold on σ.",
+        "The task's metric in points, and the loss: by data / one threshold on σ.",
         "",
-        "| task, metric | all | " + " | ".join(head) + " | from scratch, r=1 | seeds |",
-        "| --- | ---: |" + " ---: |" * (len(head) + 2),
+        "| task | | all | " + " | ".join(f"1/{size}" for size in SIZES) + " | seeds |",
+        "| --- | --- | ---: |" + " ---: |" * (len(SIZES) + 1),
     ]
     for task, t in found["tasks"].items():
-        cells = [
-            f"{100 * t['score']['by data'][str(s)]:.1f} / {100 * t['score'][CONTROL][str(s)]:.1f}"
-            for s in SIZES
-        ]
-        whole = 100 * t["all pieces"][t["metric"]]
-        scratch = 100 * t["scratch"]["all linear, r=1"][t["metric"]]
-        name = f"{task}, {t['metric'].replace('_', ' ')}"
-        lines.append(
-            f"| {name} | {whole:.1f} | {' | '.join(cells)} | {scratch:.1f} | {len(t['seeds'])} |"
-        )
+        for name, scale, digits in ((t["metric"], 100, 1), ("loss", 1, 3)):
+            values = t["loss"] if name == "loss" else t["score"]
+            pairs = ((values["by data"][s], values[CONTROL][s]) for s in NAMES)
+            cells = [f"{scale * a:.{digits}f} / {scale * b:.{digits}f}" for a, b in pairs]
+            head = f"{task} | {name.replace('_', ' ')} | {scale * t['all pieces'][name]:.{digits}f}"
+            lines.append(f"| {head} | {' | '.join(cells)} | {len(t['seeds'])} |")
     return "\n".join(lines)
+
+
+def trained_table(found: dict[str, Any]) -> str:
+    """What training adds: healed cuts, a cut half-way, and small adapters from scratch."""
+    lines = [
+        "Metric in points / loss, where a training follows the cut or takes its place:",
+        "",
+        "| task | all | 1/8 by data | healed | half-way | from scratch, r=1 | AdaLoRA "
+        "| 1/32 by data | healed | half-way | query and value, r=1 |",
+        "| --- |" + " ---: |" * 10,
+    ]
+    for task, t in found["tasks"].items():
+        score, loss = t["score"], t["loss"]
+
+        def cell(arm: str, size: str, score: Any = score, loss: Any = loss) -> str:
+            there = arm in score and size in score[arm]
+            return f"{100 * score[arm][size]:.1f} / {loss[arm][size]:.3f}" if there else ""
+
+        def scratch(arm: str, t: Any = t) -> str:
+            run = t["scratch"].get(arm)
+            return f"{100 * run[t['metric']]:.1f} / {run['loss']:.3f}" if run else ""
+
+        cells = [
+            f"{100 * t['all pieces'][t['metric']]:.1f} / {t['all pieces']['loss']:.3f}",
+            cell("by data", "8"),
+            cell("by data, healed", "8"),
+            cell("by data, half-way", "8"),
+            scratch("all linear, r=1"),
+            scratch("AdaLoRA"),
+            cell("by data", "32"),
+            cell("by data, healed", "32"),
+            cell("by data, half-way", "32"),
+            scratch("query and value, r=1"),
+        ]
+        lines.append(f"| {task} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def aims(found: dict[str, Any]) -> str:
+    """What was aimed at, and what came out."""
+    tasks, below = found["tasks"], found["below_control"]
+    smaller = [
+        f"{task} 1/{t['as_good']['by data']} by data, 1/{t['as_good'][CONTROL]} by σ"
+        for task, t in tasks.items()
+    ]
+    return (
+        "A lower loss than σ's: on "
+        + ", ".join(f"{below[s]} of {len(tasks)} tasks at 1/{s}" for s in NAMES[1:])
+        + f". Of the loss that σ gives up at 1/16 the order by data saves "
+        f"{100 * found['saved_at_16']:.0f} %, in the mean over tasks. The smallest size within a "
+        f"point of all pieces in the metric: {'; '.join(smaller)}."
+    )
 
 
 def short_table(found: dict[str, Any]) -> str:
     """README's: at 1/8 and 1/32, by data, by σ, at random, and from scratch."""
     lines = [
         "| task, metric | all pieces | 1/8 by data | 1/8 by σ | 1/8 random | 1/8 from scratch | "
-        "1/32 by data | 1/32 by σ |",
-        "| --- |" + " ---: |" * 7,
+        "1/32 by data | 1/32 by σ | seeds |",
+        "| --- |" + " ---: |" * 8,
     ]
     for task, t in found["tasks"].items():
-        score = t["score"]
+        score, scratch = t["score"], t["scratch"].get("all linear, r=1")
         values = [
             t["all pieces"][t["metric"]],
             *(score[o]["8"] for o in ("by data", CONTROL, "random")),
-            t["scratch"]["all linear, r=1"][t["metric"]],
+            None if scratch is None else scratch[t["metric"]],
             *(score[o]["32"] for o in ("by data", CONTROL)),
         ]
         name = f"{task}, {t['metric'].replace('_', ' ')}"
-        lines.append(f"| {name} | {' | '.join(f'{100 * v:.1f}' for v in values)} |")
+        cells = ["" if v is None else f"{100 * v:.1f}" for v in values]
+        lines.append(f"| {name} | {' | '.join(cells)} | {len(t['seeds'])} |")
     return "\n".join(lines)
 
 
@@ -171,7 +235,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     axes = figure.add_subplot()
     shown = [order for order in ORDERS if order != "random"]
     for order in shown:
-        values = [found["given_up"][order][str(size)] for size in SIZES]
+        values = [found["given_up"][order][name] for name in NAMES]
         width = 2.4 if order == "by data" else 1.2
         axes.plot(SIZES, values, marker="o", markersize=3.5, linewidth=width, label=order)
     axes.set_xscale("log", base=2)
