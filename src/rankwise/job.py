@@ -592,9 +592,14 @@ def _hand_over(method: Method, job: Job, trainer: Trainer, kept: Kept, folder: P
 def describe_adapter(job: Job, folder: Path, method: Method) -> None:
     """Writes beside an adapter what its task was, for `rankwise evaluate`."""
     about = job.task.describe() | {"max_length": job.max_length, "method": method.describe()}
-    about |= {"gguf_file": job.source.gguf_file, "base": job.source.name_or_path}
+    about["gguf_file"] = job.source.gguf_file
+    if not Path(
+        job.source.name_or_path
+    ).exists():  # of a folder, PEFT's own config alone says where
+        about["base"] = job.source.name_or_path
     write_json(folder / "task.json", about)
-    job.tokenizer.save_pretrained(str(folder))
+    if folder.name == method.product:
+        job.tokenizer.save_pretrained(str(folder))
 
 
 def _record(

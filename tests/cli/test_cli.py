@@ -103,7 +103,10 @@ def test_run_writes_everything_and_leaves_nothing_else(finished):
         "adapter/README.md",
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
+        "adapter/plan.json",
         "adapter/task.json",
+        "adapter/tokenizer.json",
+        "adapter/tokenizer_config.json",
         "controls/lora.json",
         "controls/random.json",
         "metrics.json",
@@ -171,7 +174,8 @@ def test_the_adapter_of_a_run_is_stock_peft(finished, bert):
 
 
 def test_nothing_but_peft_s_own_config_holds_a_path(finished, tiny_bert, rows_dir):
-    for name in ("plan.json", "metrics.json", "adapter/README.md", "adapter/task.json"):
+    written = ("README.md", "task.json", "tokenizer.json", "tokenizer_config.json")
+    for name in ("plan.json", "metrics.json", *(f"adapter/{name}" for name in written)):
         text = (finished / name).read_text()
         for path in (tiny_bert, rows_dir, str(finished)):
             assert path not in text
@@ -201,7 +205,8 @@ def test_a_plan_that_is_trained_keeps_saying_where_it_comes_from(finished, base,
     main([*argv, "--output_dir", str(out)])
     assert json_of(out / "plan.json") == json_of(plan)
     assert "AutoLoRA (softmax gate)" in (out / "adapter" / "README.md").read_text()
-    for name in ("plan.json", "metrics.json", "adapter/README.md", "adapter/task.json"):
+    written = ("README.md", "task.json", "tokenizer.json", "tokenizer_config.json")
+    for name in ("plan.json", "metrics.json", *(f"adapter/{name}" for name in written)):
         assert str(tmp_path) not in (out / name).read_text()
 
 
@@ -763,7 +768,9 @@ def test_version(capsys):
 
 @pytest.mark.parametrize("argv", [["serach"], ["--model", "x"], [""]])
 def test_unknown_command(argv, capsys):
-    refused(capsys, argv, repr(argv[0]), "run, search, train, cut, evaluate, demo")
+    refused(
+        capsys, argv, repr(argv[0]), "run, search, train, cut, predict, export, verify, evaluate"
+    )
 
 
 def parsed(path: Path, config: object, *flags: str) -> dict:
@@ -1128,8 +1135,3 @@ def test_evaluate_prints_nothing_but_json(trained, rows_dir, capsys):
     main([*argv, "--max_eval_samples", "3"])
     assert json.loads(capsys.readouterr().out)["rows"] == 3
     assert [path.name for path in trained.parent.iterdir()] == ["out"]
-
-
-def test_several_processes_are_refused(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(capsys, ["run"], "one process", "rankwise.search")
