@@ -1,5 +1,6 @@
-"""The recipes of experiments/: each is read, and each of its methods runs a few steps on a task
-of each of its kinds (RANKWISE_EVERY_TASK=1: on each of its tasks), on a tiny random model of the architecture that it is meant for and on rows made here."""
+"""The recipes of experiments/: each is read, and each of its methods runs a few steps, on a tiny
+random model of the architecture that it is meant for and on rows made here, on a task of each of
+its kinds (RANKWISE_EVERY_TASK=1: on each of its tasks)."""
 
 import os
 import random
