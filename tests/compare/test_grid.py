@@ -126,13 +126,13 @@ def test_a_grid_that_is_killed_whole_goes_on(
     """The command itself is killed; what it had begun may run on beside the one that follows."""
     line = [sys.executable, "-m", "rankwise", "compare", str(recipe_file), "--data_dir", grid_rows]
     line += ["--model_name_or_path", tiny_bert, "--output_dir", str(tmp_path), "--threads", "1"]
-    for _ in range(3):
+    for end_by in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
         process = subprocess.Popen(line)
         there = len(list(tmp_path.glob("cells/*")))
         end = time.time() + 60
         while len(list(tmp_path.glob("cells/*"))) < there + 2 and time.time() < end:
             time.sleep(0.05)
-        process.kill()
+        process.send_signal(end_by)
         process.wait()
     assert subprocess.run(line).returncode == 0
     assert lasting(tmp_path) == lasting(undisturbed)
