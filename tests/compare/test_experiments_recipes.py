@@ -114,6 +114,8 @@ def kind_of(task) -> str:
 def test_every_method_runs_on_every_task(path, rows, model_of):
     family = next(of for name, of in FAMILY.items() if path.stem.startswith(name))
     recipe = read_recipe(path, data_dir=str(rows), model=model_of(family))
+    training = {k: v for k, v in recipe.training.items() if k != "bf16"}  # for a GPU
+    recipe = replace(recipe, training=training)
     if not os.environ.get("RANKWISE_EVERY_TASK"):  # tasks of one kind differ in their rows alone
         recipe = replace(recipe, tasks=tuple({kind_of(t): t for t in recipe.tasks}.values()))
     with warnings.catch_warnings():

@@ -5,12 +5,15 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -123,13 +126,13 @@ def test_a_grid_that_is_killed_whole_goes_on(
     """The command itself is killed; what it had begun may run on beside the one that follows."""
     line = [sys.executable, "-m", "rankwise", "compare", str(recipe_file), "--data_dir", grid_rows]
     line += ["--model_name_or_path", tiny_bert, "--output_dir", str(tmp_path), "--threads", "1"]
-    for _ in range(3):
+    for end_by in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
         process = subprocess.Popen(line)
         there = len(list(tmp_path.glob("cells/*")))
         end = time.time() + 60
         while len(list(tmp_path.glob("cells/*"))) < there + 2 and time.time() < end:
             time.sleep(0.05)
-        process.kill()
+        process.send_signal(end_by)
         process.wait()
     assert subprocess.run(line).returncode == 0
     assert lasting(tmp_path) == lasting(undisturbed)
@@ -354,3 +357,65 @@ def test_what_cannot_fit_is_said_before_anything_runs(
     monkeypatch.setattr("psutil.virtual_memory", lambda: Memory)
     (line,) = fits.misfits(recipe, cells, workers=2)
     assert "in each of 2 processes" in line and line.startswith("plain:")
+
+
+def test_a_grid_that_is_finished_says_so(command, undisturbed, capsys):
+    command(undisturbed)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "8 of 8 cells are in" in said and "rankwise report" in said
+
+
+def test_the_display_counts_and_says_what_is_left(small):
+    from rich.console import Console
+
+    from rankwise.cli.progress import clock, display, summary
+
+    _, cells = small
+    grid = Grid({cell.name: cell for cell in cells}, workers=2)
+    names = list(grid.cells)
+    assert summary(grid) == "0 of 8 done, 0 running"
+    grid.done |= set(names[:3])
+    grid.seconds = dict.fromkeys(names[:3], 100.0)
+    grid.failed[names[3]] = Failure({}, "nan", again=True)
+    grid.running[0] = names[4]
+    # four of eight are left, at 100 s each, two at a time
+    assert summary(grid) == "3 of 8 done, 1 running, 1 failed, about 3:20 min left"
+    console = Console(record=True, width=90, file=StringIO())
+    console.print(display(grid))
+    assert names[4] in console.export_text()
+    assert clock(59.6) == "1:00 min" and clock(3700) == "1:01 h"
+
+
+def test_the_snakefile_names_every_cell_and_what_it_waits_for(command, small, tmp_path):
+    import shlex
+
+    _, cells = small
+    command(tmp_path, "--snakefile", "--threads", "2")
+    text = (tmp_path / "Snakefile").read_text()
+    found: dict = {}
+    exec(text[text.index("NEEDS") : text.index("rule all")], found)
+    assert found["NEEDS"] == {cell.name: list(cell.needs) for cell in cells}
+    line = json.loads(text.strip().splitlines()[-1]).format(
+        threads=2, wildcards=SimpleNamespace(name=cells[0].name)
+    )
+    assert shlex.split(line)[:3] == ["OMP_NUM_THREADS=2", "rankwise", "compare"]
+    assert shlex.split(line)[-1] == cells[0].name
+
+
+@pytest.mark.slow
+def test_snakemake_gives_the_same_files(command, small, undisturbed, tmp_path):
+    """One cell and the two that it waits for, with the local executor, two at a time. A folder on
+    PATH stands for the installed command."""
+    if (snakemake := shutil.which("snakemake")) is None:
+        pytest.skip("snakemake is not installed (pip install 'rankwise[snakemake]')")
+    out, scripts = tmp_path / "out", tmp_path / "bin"
+    command(out, "--snakefile", "--threads", "1")
+    scripts.mkdir()
+    (scripts / "rankwise").write_text(f'#!/bin/sh\nexec {sys.executable} -m rankwise "$@"\n')
+    (scripts / "rankwise").chmod(0o755)
+    path = f"{scripts}{os.pathsep}{os.environ['PATH']}"
+    target = f"cells/{cell_named(small[1], 'svd').name}.json"
+    line = [snakemake, target, "--cores", "2", "--keep-going", "--rerun-triggers", "mtime"]
+    subprocess.run(line, cwd=out, env=os.environ | {"PATH": path}, check=True, timeout=280)
+    found, expected = lasting(out), lasting(undisturbed)
+    assert found == {path: expected[path] for path in found} and len(found) == 3

@@ -144,6 +144,15 @@ def test_cells_that_judge_a_rate_count_nowhere_else(tmp_path):
     assert "| ours | 0.001 \\* |" in text and "a better one may lie beyond" in text
 
 
+def test_two_results_for_one_place_are_said(tmp_path):
+    records = [*both("a", 0, 0.8, 0.9), record("ours", "a", 0, 0.7, kind="X")]
+    suite = loaded(tmp_path, records)
+    (problem,) = suite.problems
+    assert "both ours on a, seed 0; the second is reported" in problem
+    (compared,) = comparisons(suite)
+    assert compared.mean == pytest.approx(-10.0)
+
+
 def test_ranks_and_whether_seeds_agree(tmp_path):
     more = {"kind": "X", "claim": "choosing ranks"}
     records = [

@@ -1,6 +1,7 @@
 """`rankwise compare`: a recipe's methods, tasks and seeds as a grid of cells, run or listed."""
 
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -163,6 +164,8 @@ def _all(recipe: "Recipe", cells: "Sequence[Cell]", folder: Path, given: Compare
         for line in others:
             print(f"rankwise: {line}", file=sys.stderr)
         raise RankwiseError(f"{last}. Nothing was run: mend the recipe")
+    # a scheduler's way to stop a job: the cells' processes are to end with this one
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with grid_progress() as show:
         grid = run_grid(
             recipe,

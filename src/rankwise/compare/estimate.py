@@ -10,7 +10,7 @@ from rankwise.compare.cells import Cell
 from rankwise.compare.execute import cell_job
 from rankwise.compare.recipe import Recipe
 from rankwise.errors import DivergedError, RankwiseError
-from rankwise.job import run_method
+from rankwise.job import check, run_method
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ def _measured(recipe: Recipe, cell: Cell, alike: Sequence[Cell], steps: int) -> 
     whole = _rows(recipe, cell)
     job = cell_job(recipe, short, cell.fit.learning_rate, most)
     with tempfile.TemporaryDirectory() as scratch:
-        result = run_method(cell.method.method, job, Path(scratch))
+        base = check(cell.method.method, job)
+        result = run_method(cell.method.method, job, Path(scratch), base=base)
     took = (result.cost["search_seconds"] + result.cost["train_seconds"]) / result.cost["steps"]
     total = sum(_steps(other, whole, rows) for other in alike)
     peak = max(result.cost["peak_memory_bytes"], result.cost.get("search_peak_memory_bytes", 0))

@@ -96,7 +96,7 @@ def _run(recipe: Recipe, cell: Cell, folder: Path, work: Path, workers: int) -> 
     about = {
         "cell": {"name": cell.name, "recipe": recipe.path.name, "spec": dict(cell.spec)},
         "judged": judged,
-        "floor": floor(job),
+        "floor": floor(job) if cell.held_out is None else {},
         "machine": machine(workers),
     }
     return replace(result, about=result.about | about)

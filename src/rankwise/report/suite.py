@@ -164,9 +164,26 @@ def load(paths: Sequence[str | Path]) -> Suite:
     if not counting:
         said = f": {problems[0]}" if problems else ""
         raise ResultError(f"no result to report among {', '.join(map(str, paths))}{said}")
+    problems += _twice(counting)
     arms = _arms(counting)
     tasks = dict.fromkeys(task_of(result) for result in counting)
     return Suite(arms, sorted(tasks), judging, failures, problems)
+
+
+def _twice(results: Sequence[Result]) -> list[str]:
+    """A line for each two results that claim the same place: of two versions of a recipe, say."""
+    seen: dict[tuple[str, str, int], Result] = {}
+    said = []
+    for result in results:
+        key = label_of(result), task_of(result), seed_of(result)
+        if key in seen:
+            names = " and ".join(cell_name(r) or r.name for r in (seen[key], result))
+            said.append(
+                f"{names} are both {key[0]} on {key[1]}, seed {key[2]}; the second is reported, "
+                "remove one"
+            )
+        seen[key] = result
+    return said
 
 
 def _arms(results: Sequence[Result]) -> list[Arm]:
