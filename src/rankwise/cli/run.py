@@ -146,6 +146,7 @@ def _train_control(
     try:
         result = run_method(control, job, folder, resume, rows=rows)
     except PlanError as error:
+        (work / "controls" / f"{arm}.json").unlink(missing_ok=True)  # of another size
         say(f"no {arm} control: {error}")
         return None
     if (folder / "plan.json").is_file():
