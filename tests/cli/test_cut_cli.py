@@ -96,7 +96,7 @@ def test_no_library_of_models_or_data_is_imported(finished, tmp_path):
         (["--budget", "3"], ["3 parameters hold no piece"]),
         (["--budget", "1000000"], ["budget is 1000000; the adapter has"]),
         (["--keep", "1.5"], ["keep is 1.5"]),
-        (["--keep", "nan"], ["keep is nan"]),
+        (["--keep", "nan"], ["--keep", "nan is no finite number"]),
         (["--rank", "0"], ["rank is 0; it has to be at least 1"]),
         (["--rank", "2", "--keep", "0.5"], ["--rank and --keep"]),
         ([], ["got none"]),
