@@ -50,6 +50,7 @@ def logits(base_model: str, adapter: Path, text: str = "a fine film") -> torch.T
 
 def test_run_writes_the_picked_adapter_and_the_nested_one(finished):
     assert names(finished) == [
+        ".rankwise",
         "adapter/README.md",
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
@@ -162,7 +163,7 @@ def test_search_picks_by_one_standard_error_and_says_so(base, tmp_path, capsys):
     assert set(RankPlan.load(tmp_path / "out" / "plan.json").ranks.values()) == {picked}
     assert "every rank, 4 validation rows" in out
     assert f"picked rank {picked} (one standard error)" in " ".join(err.split())
-    assert names(tmp_path / "out")[0] == "adapter/README.md"
+    assert names(tmp_path / "out")[:2] == [".rankwise", "adapter/README.md"]
 
 
 def test_a_budget_gives_a_rank_that_was_trained(base, tmp_path):

@@ -24,8 +24,8 @@ Trial = tuple[str, str, str]  # family, name, what is wrong
 class Drive:
     """The forking process, what all trials share, and a folder for each."""
 
-    def __init__(self, folder: Path, seed: int, source: str | None):
-        self.folder, self.rng = folder, random.Random(seed)
+    def __init__(self, folder: Path, seed: int, source: str | None, commands: list[str]):
+        self.folder, self.rng, self.commands = folder, random.Random(seed), commands
         self.model, self.few, self.many = model_and_rows(folder / "base")
         self.forks = Forks(source)
         self.found: dict[str, Whole] = {}
@@ -62,7 +62,7 @@ class Drive:
 
     def kills(self, count: int) -> Iterator[Trial]:
         """SIGKILL, half at file operations and half after a time, over all commands in turn."""
-        names = list(COMMANDS)
+        names = list(self.commands)
         self.rng.shuffle(names)
         for n in range(count):
             whole = self.of(names[n % len(names)])
@@ -88,8 +88,6 @@ class Drive:
             said = ""
             if done.crashed or (done.code and not done.line.startswith("rankwise: ")):
                 said = f"exit {done.code}, {done.line[:200]}"
-            elif done.code == 0 and "full_at" in how:
-                said = ""
             if not said and done.code:
                 said = resumed(self.forks, whole, place)
             yield "disk full", f"{whole.name} {how}", said
@@ -137,6 +135,7 @@ def main() -> None:
     known = ["inputs", "kills", "disk", "signals", "two"]
     parser.add_argument("--families", nargs="+", choices=known, default=known)
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=list(COMMANDS))
     parser.add_argument("--disk", type=int, default=60)
     parser.add_argument("--signals", type=int, default=36)
     parser.add_argument("--two", type=int, default=12)
@@ -146,7 +145,7 @@ def main() -> None:
     parser.add_argument("--json", help="file for the counts and what failed")
     given = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="attack-"))
-    drive = Drive(folder, given.seed, given.source)
+    drive = Drive(folder, given.seed, given.source, given.commands)
     tried, failed, lines = Counter(), Counter(), []
     try:
         for family in given.families:

@@ -131,7 +131,7 @@ def _end_bars() -> None:
 
 def _broken(error: BaseException) -> str:
     """What broke, in one line: the disk, the memory, or another library's error as it is."""
-    said = " ".join(str(error).split()) or "no message"
+    said = " ".join(str(error).split())[:500] or "no message"
     kind = type(error).__name__
     full = [place for place in _places() if _is_full(place)]
     if getattr(error, "errno", None) == 28 or (full and not isinstance(error, MemoryError)):
@@ -139,7 +139,7 @@ def _broken(error: BaseException) -> str:
         return f"the disk is full ({where}): {said}"
     if isinstance(error, OSError):
         return f"the system refuses: {said}"
-    return f"{kind}: {said[:500]}"
+    return f"{kind}: {said}"
 
 
 def _places() -> list[str]:

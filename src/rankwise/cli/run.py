@@ -207,6 +207,7 @@ def _train_control(
             job = _tuned(control, job, search / arm, tuning)
         result = run_method(control, job, folder, resume, rows=rows)
     except PlanError as error:
+        (work / "controls" / f"{arm}.json").unlink(missing_ok=True)  # of another size
         say(f"no {arm} control: {error}")
         return None
     if (folder / "plan.json").is_file():

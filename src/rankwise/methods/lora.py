@@ -90,6 +90,7 @@ class LoraGrid(LoraMethod):
     source: ClassVar[str] = "arXiv 2403.09113, table 5"
     anew: ClassVar[bool] = True
     chooses: ClassVar[bool] = True
+    resumable: ClassVar[bool] = False  # but for whole ranks
 
     ranks: tuple[int, ...] = flag(tuple(range(1, 17)), "ranks that are tried")
     validation_fraction: float = flag(0.1, "share of the training rows that judges the ranks")
@@ -129,16 +130,24 @@ class LoraGrid(LoraMethod):
         from rankwise.files import write_json
         from rankwise.lora import restored
         from rankwise.reading import read_json
+        from rankwise.trainer import replaced
 
         file = folder / f"rank-{max(plan.ranks.values())}.json"
         if file.is_file():
             return read_json(file)
         set_seed(setting.args.seed)
+        # a rank is trained to its end or anew: its checkpoints would be taken for the next one's
+        setting = replace(setting, args=replaced(setting.args, save_strategy="no"))
         with restored(model):
             trainer = self.trainer(self.attach(model, plan, setting), plan, setting)
             trainer.train()
             raw = trainer.evaluate(setting.held_out)
-        found = {k.removeprefix("eval_"): v for k, v in raw.items() if isinstance(v, float)}
+        clock = ("runtime", "time", "per_second", "epoch")  # Trainer's own, no measure of a rank
+        found = {
+            name.removeprefix("eval_"): value
+            for name, value in raw.items()
+            if isinstance(value, float) and not name.endswith(clock)
+        }
         write_json(file, found)
         return found
 
