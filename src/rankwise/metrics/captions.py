@@ -57,7 +57,9 @@ def ptb_tokens(text: str) -> list[str]:
 
 
 def rouge_l(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Figure:
-    """ROUGE-L, from 0 to 1: the mean of each row's best F over its references, recall weighing more.
+    """ROUGE-L, from 0 to 1: the mean over rows of an F that weighs recall more.
+
+    Precision and recall of a row are each the best over its references.
 
     Lin (2004) as the caption evaluation has it (beta = 1.2), computed by pycocoevalcap.
 

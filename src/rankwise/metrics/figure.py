@@ -24,6 +24,10 @@ class Figure:
     value: float
     signature: str
 
+    def of(self, part: str) -> Figure:
+        """The same figure, named as that of a part of the rows."""
+        return Figure(f"{self.name}_{part}", self.value, f"{self.signature}|rows:{part}")
+
 
 @contextmanager
 def needs(package: str) -> Iterator[None]:
@@ -42,7 +46,7 @@ def needs(package: str) -> Iterator[None]:
 
 
 def check_pairs(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> None:
-    """Raises DataError where lengths differ, there is nothing to score, or a row has no reference."""
+    """Raises DataError: lengths differ, there is nothing to score, or a row has no reference."""
     if len(hypotheses) != len(references):
         raise DataError(
             f"there are {len(hypotheses)} hypotheses and {len(references)} groups of references; "

@@ -1,12 +1,11 @@
-"""METEOR 1.5 for English, written from its papers; its tables are read from pycocoevalcap's wheel.
+"""METEOR 1.5 for English, written from its papers; the tables are read from pycocoevalcap's wheel.
 
-M. Denkowski and A. Lavie, "Meteor Universal: Language Specific Translation Evaluation for Any Target
-Language" (2014), and for the alignment "Meteor 1.3" (2011). Words and phrases of a hypothesis are
-aligned to a reference in four ways (the same word, the same stem, a common WordNet synset, a pair of
-the paraphrase table); from the alignment come a weighted F-mean and a penalty for fragments.
-
-The papers leave open how ties between alignments are broken, and whether a word can be left out.
-Both are done here as the reference program was seen to do it on sentences made for the purpose.
+M. Denkowski and A. Lavie, "Meteor Universal: Language Specific Translation Evaluation for Any
+Target Language" (2014), and for the alignment "Meteor 1.3" (2011). Words and phrases of a
+hypothesis are aligned to a reference in four ways (the same word, the same stem, a common WordNet
+synset, a pair of the paraphrase table); from the alignment come a weighted F-mean and a penalty for
+fragments. The papers leave open when a word is left out and how ties are broken: both are done here
+as the reference program was seen to do it on sentences made for the purpose.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -224,7 +223,7 @@ def _phrases(words: Sequence[str]) -> dict[str, list[tuple[int, int]]]:
 # Alignment
 
 
-@lru_cache(maxsize=None)
+@cache
 def stem(word: str) -> str:
     """Snowball's English stem."""
     return str(_stemmer().stem(word))
@@ -370,16 +369,14 @@ class Statistics:
     chunks: int = 0
 
     def __add__(self, other: Statistics) -> Statistics:
-        pairs = [
-            (a[0] + b[0], a[1] + b[1])
-            for a, b in (
-                (self.hyp, other.hyp),
-                (self.ref, other.ref),
-                (self.hyp_matched, other.hyp_matched),
-                (self.ref_matched, other.ref_matched),
-            )
-        ]
-        return Statistics(*pairs, self.matched + other.matched, self.chunks + other.chunks)
+        return Statistics(
+            _sum(self.hyp, other.hyp),
+            _sum(self.ref, other.ref),
+            _sum(self.hyp_matched, other.hyp_matched),
+            _sum(self.ref_matched, other.ref_matched),
+            self.matched + other.matched,
+            self.chunks + other.chunks,
+        )
 
     @property
     def score(self) -> float:
@@ -390,6 +387,10 @@ class Statistics:
             return 0.0
         mean = precision * recall / (ALPHA * precision + (1 - ALPHA) * recall)
         return mean * (1 - GAMMA * (self.chunks / (self.matched / 2)) ** BETA)
+
+
+def _sum(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
+    return a[0] + b[0], a[1] + b[1]
 
 
 def _share(matched: tuple[float, float], all_words: tuple[float, float]) -> float:
@@ -416,7 +417,8 @@ def compare(hyp: Sequence[str], ref: Sequence[str], tables: Tables) -> Statistic
     if chunks == 1 and matched == len(hyp) + len(ref):
         chunks = 0
     return Statistics(
-        *(_kinds(words, rare) for words in (hyp, ref)),
+        _kinds(hyp, rare),
+        _kinds(ref, rare),
         (hyp_matched[0], hyp_matched[1]),
         (ref_matched[0], ref_matched[1]),
         matched,

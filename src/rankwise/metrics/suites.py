@@ -73,7 +73,7 @@ _FIRST = 3  # references that the official scorers of WebNLG 2017 and DART read
 
 
 def _webnlg(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> list[Figure]:
-    """As the scripts of WebNLG 2017 and their copy for DART: three references, all in lower case."""
+    """As the scripts of WebNLG 2017 and their copy for DART: three references, in lower case."""
     return _triples(hypotheses, references, ascii_only=True)
 
 

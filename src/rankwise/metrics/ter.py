@@ -18,7 +18,7 @@ import numpy as np
 
 from rankwise.metrics.figure import Figure, check_pairs
 
-# tercom's limits, in words; the last one is sacrebleu's, for outputs that say a word all over again.
+# tercom's limits, in words; the last is sacrebleu's, for outputs that say a word over and over.
 LONGEST_SHIFT, FARTHEST_SHIFT, BEAM, MOST_CANDIDATES = 10, 50, 25, 1000
 
 _FAR = 1 << 20  # more than any distance
