@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "a stock PEFT adapter at a plan's ranks, or at one rank",
     "cut": "a smaller adapter out of a trained one, without data",
     "evaluate": "the metrics of an adapter on labelled rows",
+    "score": "official figures of a file of generated texts: E2E, WebNLG, DART",
     "demo": "`run` on a small model and rows that packages ship, in five minutes",
 }
 
@@ -45,7 +46,7 @@ def main(argv: "Sequence[str] | None" = None) -> None:
         print(file=sys.stderr)  # the progress bar has not ended its line
         _fail(str(error), 1)
     except KeyboardInterrupt:
-        again = argv[0] not in ("evaluate", "cut")
+        again = argv[0] not in ("evaluate", "cut", "score")
         how = "; the same command with --resume_from_checkpoint goes on" if again else ""
         print(file=sys.stderr)
         _fail(f"stopped{how}", 130)

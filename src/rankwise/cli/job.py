@@ -16,6 +16,7 @@ from rankwise.cli.arguments import (
     required,
 )
 from rankwise.cli.flags import Group, parse, read_flag
+from rankwise.decoding import Decoding
 from rankwise.errors import RankwiseError
 from rankwise.methods import METHODS, Method, by_name
 
@@ -75,13 +76,18 @@ def parse_job(
 
 
 def load(
-    command: str, model: ModelArguments, data: DataArguments, fit: FitArguments, **task: Any
+    command: str,
+    model: ModelArguments,
+    data: DataArguments,
+    fit: FitArguments,
+    decoding: Decoding | None = None,
+    **task: Any,
 ) -> "Job":
     """Reads and encodes the rows; everything that can be wrong with them is found here.
 
     Args:
         command: for the message where a flag is missing, and for the record.
-        model, data, fit: the flags.
+        model, data, fit, decoding: the flags.
         **task: overrides for `tasks.load_task` (an adapter's own labels).
     """
     required(model.model_name_or_path, "model_name_or_path", command)
@@ -106,7 +112,8 @@ def load(
     }
     loaded = tasks.load_task(data.task, **(options | task))
     args = training_arguments(fit)
-    return load_job(loaded, source(model), args, data.max_length, data.eval_split, command)
+    of_rows = data.max_length, data.eval_split
+    return load_job(loaded, source(model), args, *of_rows, command, decoding)
 
 
 def source(model: ModelArguments) -> "Source":

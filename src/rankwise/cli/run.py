@@ -13,6 +13,7 @@ from rankwise.cli.arguments import (
     required,
 )
 from rankwise.cli.job import load, parse_job, settings_of
+from rankwise.decoding import Decoding
 from rankwise.errors import PlanError, RankwiseError
 from rankwise.methods import DEFAULT, METHODS, Method, by_name
 from rankwise.plan import RankPlan
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> None:
     """Fine-tune by a method on your data, and compare it with plain LoRA of the same size."""
-    parts = parse_job("run", main.__doc__ or "", argv, method=DEFAULT, more=[ControlArguments()])
+    parts = parse_job(
+        "run", main.__doc__ or "", argv, method=DEFAULT, more=[ControlArguments(), Decoding()]
+    )
     run("run", *parts)
 
 
@@ -36,11 +39,12 @@ def run(
     fit: FitArguments,
     output: OutputArguments,
     controls: ControlArguments,
+    decoding: Decoding | None = None,
 ) -> Path:
     """The whole job, in stages that a resumed run does not repeat. Returns the output folder."""
     target = required(output.output_dir, "output_dir", command)
     wanted = parse_controls(controls.control)
-    job = load(command, model, data, fit)
+    job = load(command, model, data, fit, decoding)
     from rankwise import job as jobs
     from rankwise.cli.show import console, report
     from rankwise.report import verdict
@@ -53,7 +57,7 @@ def run(
         except PlanError:  # without flags of its own, whether it can be waits for the size
             if flags:
                 raise
-    settings = settings_of(method, model, data, fit, controls)
+    settings = settings_of(method, model, data, fit, controls, *filter(None, [decoding]))
     resume = output.resume_from_checkpoint
     work = open_workspace(target, output.overwrite_output_dir, resume, settings)
     count = 1 + len(wanted)
@@ -129,7 +133,8 @@ def _train_control(
 ) -> "Result | None":
     """The control's result; None, and a line that says why, where there is none of this size."""
     from rankwise.cli.show import console
-    from rankwise.job import run_method, split_rows
+    from rankwise.files import write_text
+    from rankwise.job import GENERATIONS, run_method, split_rows
 
     # a method that hands over what it trained saw these rows alone, so its controls get no others
     rows = None if method.anew else split_rows(method, job).train
@@ -142,6 +147,9 @@ def _train_control(
         return None
     if (folder / "plan.json").is_file():
         RankPlan.load(folder / "plan.json").save(work / "controls" / f"{arm}.json")
+    if (folder / GENERATIONS).is_file():
+        kept = work / "controls" / f"{arm}-{GENERATIONS}"
+        write_text(kept, (folder / GENERATIONS).read_text(encoding="utf-8"))
     return result
 
 

@@ -13,10 +13,12 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from rankwise.metrics.figure import Figure, check_pairs
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # tercom's limits, in words; the last is sacrebleu's, for outputs that say a word over and over.
 LONGEST_SHIFT, FARTHEST_SHIFT, BEAM, MOST_CANDIDATES = 10, 50, 25, 1000
@@ -246,6 +248,8 @@ def _groups(sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
 
 def _distances(pairs: Sequence[tuple[Words, Words]]) -> list[int]:
     """The edit distance of every pair."""
+    import numpy as np
+
     found = [0] * len(pairs)
     for group in _groups([(len(hyp), len(ref)) for hyp, ref in pairs]):
         for row, lengths in _rows([pairs[n] for n in group]):
@@ -258,6 +262,8 @@ def _distances(pairs: Sequence[tuple[Words, Words]]) -> list[int]:
 
 def _traces(pairs: Sequence[Pair]) -> list[tuple[int, str]]:
     """The edit distance of every pair, and the operations that it counts."""
+    import numpy as np
+
     found: list[tuple[int, str]] = [(0, "")] * len(pairs)
     for group in _groups([(len(pair.hyp), len(pair.ref)) for pair in pairs]):
         tables = np.stack(
@@ -277,6 +283,8 @@ def _rows(pairs: Sequence[tuple[Words, Words]]) -> Iterator[tuple[np.ndarray, np
     of the reference, with the reference lengths (pairs,). Beyond the beam around the diagonal it is
     _FAR.
     """
+    import numpy as np
+
     hyps = np.array([hyp for hyp, _ in pairs], dtype=np.int32)
     lengths = np.array([len(ref) for _, ref in pairs])
     count, words, longest = len(pairs), hyps.shape[1], int(lengths.max())
