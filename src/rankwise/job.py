@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from importlib.metadata import version
 from inspect import signature
@@ -32,6 +32,7 @@ from transformers import (
 from rankwise import tasks
 from rankwise.adapter import OTHER_SIZES
 from rankwise.choose import Curve, resampled
+from rankwise.decoding import Decoding, generate_rows
 from rankwise.errors import DataError, DivergedError, RankwiseError
 from rankwise.files import release, write_json
 from rankwise.lora import swap_adapter
@@ -51,6 +52,8 @@ from rankwise.trainer import (
 )
 from rankwise.training import model_name, setting_of, weights_of, with_provenance
 from rankwise.workspace import check_output, finish, is_finished, open_workspace
+
+GENERATIONS = "generations.jsonl"  # in a run's folder
 
 # The TrainingArguments that a result rests on, for its record.
 RECORDED = (
@@ -96,6 +99,7 @@ class Job:
         args: TrainingArguments; the output folder is each stage's own.
         max_length: tokens of a row.
         command: for the record.
+        decoding: how texts are generated, for a task of such a kind.
         trainer: more that every Trainer is given: callbacks, rows to evaluate on in between.
         about: more for the record: how the learning rate was chosen.
     """
@@ -110,6 +114,7 @@ class Job:
     args: TrainingArguments
     max_length: int
     command: str = "fit"
+    decoding: Decoding = field(default_factory=Decoding)
     trainer: Mapping[str, Any] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
 
@@ -305,6 +310,7 @@ def load_job(
     max_length: int = 128,
     eval_split: str = "auto",
     command: str = "fit",
+    decoding: Decoding | None = None,
 ) -> Job:
     """Encodes a task's rows for a model; everything that can be wrong with them is found here."""
     task.check_metrics()
@@ -322,7 +328,17 @@ def load_job(
     spare = task.validation if split == "test" else None
     validation = None if spare is None else task.encode(spare, tokenizer, max_length)
     return Job(
-        task, source, tokenizer, train, evaluation, validation, split, args, max_length, command
+        task,
+        source,
+        tokenizer,
+        train,
+        evaluation,
+        validation,
+        split,
+        args,
+        max_length,
+        command,
+        decoding=decoding or Decoding(),
     )
 
 
@@ -353,13 +369,14 @@ def check(method: Method, job: Job, base: PreTrainedModel | None = None) -> PreT
     args = method.arguments(job.args)
     base = base if base is not None else job.fresh_model()
     longest = max(map(len, job.train_rows["input_ids"]))
-    most = _positions(base)
+    most = most_positions(base)
     if most is not None and longest > most:
         raise DataError(
             f"--max_length is {job.max_length} and the longest row {longest} tokens, but the "
             f"model takes {most}; give at most that"
         )
     check_arguments(args)
+    check_generation(job, most)
     setting = setting_of(method, base, split_rows(method, job), args, job.options(), **_asked(job))
     method.check(base, setting)
     return base
@@ -375,7 +392,7 @@ def _asked(job: Job) -> dict[str, Any]:
     }
 
 
-def _positions(model: torch.nn.Module) -> int | None:
+def most_positions(model: torch.nn.Module) -> int | None:
     """Tokens that a table of absolute positions has rows for; None where there is no such table."""
     for name, module in model.named_modules():
         leaf = name.rpartition(".")[2]
@@ -538,6 +555,8 @@ def _train_stage(
     )
     _hand_over(method, job, trainer, kept, folder)
     lora = kept.plan.parameters if kept.plan is not None else None
+    found = evaluated(job, trainer)
+    texts = generation(job, trainer.model, folder / GENERATIONS, resume)
     return {
         "method": method,
         "job": job,
@@ -547,7 +566,9 @@ def _train_stage(
             "held_out": len(data.validation),
             "evaluated": len(job.evaluation),
         },
-        **evaluated(job, trainer),
+        "metrics": found["metrics"] | texts.pop("metrics", {}),
+        "resampled": found["resampled"],
+        "generation": texts,
         "rivals": _rivals(method, job, trainer, kept, head),
         "trainable_parameters": (lora or 0) + head,
         "lora_parameters": lora,
@@ -640,6 +661,7 @@ def _record(
             "max_length": job.max_length,
             "versions": {p: version(p) for p in ("rankwise", "torch", "transformers", "peft")},
             **job.about,
+            **found["generation"],
         },
     )
     rivals = [replace(result, claim="", curve=None, figures={}, **r) for r in found["rivals"]]
@@ -676,6 +698,44 @@ def evaluated(job: Job, trainer: Trainer) -> dict[str, Any]:
     metrics = {"loss": raw["eval_loss"]} | {name: float(raw[f"eval_{name}"]) for name in names}
     sample = resampled(job.task.score_rows(output), len(job.evaluation))
     return {"metrics": metrics, "resampled": tuple(round(float(x), 6) for x in sample)}
+
+
+def generation(job: Job, model: nn.Module, file: Path, resume: bool) -> dict[str, Any]:
+    """The official figures of the texts that a model generates for the evaluation rows.
+
+    Of a task of another kind nothing. Texts go to `file`; see `rankwise.decoding.generate_rows`.
+
+    Returns:
+        "metrics", their "signatures", "decoding", and "generation_seconds".
+    """
+    if not job.task.generates:
+        return {}
+    task: Any = job.task
+    _, rows = _evaluation_rows(task, job.split)
+    started = time.perf_counter()
+    texts = generate_rows(model, job.tokenizer, task, rows, job.decoding, file, resume)
+    seconds = round(time.perf_counter() - started, 3)
+    figures = task.score_texts(rows, texts)
+    return {
+        "metrics": {figure.name: figure.value for figure in figures},
+        "signatures": {figure.name: figure.signature for figure in figures},
+        "decoding": asdict(job.decoding),
+        "generation_seconds": seconds,
+    }
+
+
+def check_generation(job: Job, most: int | None) -> None:
+    """Raises DataError where a prompt of the evaluation rows and its text do not fit the model."""
+    if not job.task.generates or most is None:
+        return
+    task: Any = job.task
+    _, rows = _evaluation_rows(task, job.split)
+    longest = max(map(len, task.prompts(rows, job.tokenizer)))
+    if longest + job.decoding.max_new_tokens > most:
+        raise DataError(
+            f"the longest input is {longest} tokens and --max_new_tokens "
+            f"{job.decoding.max_new_tokens}, but the model takes {most}; give fewer new tokens"
+        )
 
 
 @contextmanager

@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "the metrics of an adapter on labelled rows",
     "compare": "methods over tasks and seeds, from a recipe",
     "report": "what a comparison found, from its result files",
+    "score": "official figures of a file of generated texts: E2E, WebNLG, DART",
     "demo": "`run` on a small model and rows that packages ship, in five minutes",
 }
 FULL = 2**24  # a disk with fewer free bytes is called full

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from rankwise.cli.arguments import AdapterArguments, FitArguments, OutputArguments, required
+from rankwise.cli.arguments import AdapterArguments, FitArguments, OutputArguments, flag, required
 from rankwise.cli.job import load, parse_job
+from rankwise.decoding import Decoding
 from rankwise.errors import ModelError, RankwiseError
 from rankwise.methods import METHODS, by_name, from_description
 from rankwise.reading import read_json
@@ -22,14 +24,23 @@ UNUSED = {f.name for part in (FitArguments, OutputArguments) for f in fields(par
 }
 
 
+@dataclass
+class KeepArguments:
+    """Texts that are generated."""
+
+    generations: str | None = flag(
+        None, "file that generated texts are kept in; a stopped evaluation goes on from it"
+    )
+
+
 def main(argv: Sequence[str]) -> None:
     """Evaluate an adapter, or what else a run made, on labelled rows. Prints JSON."""
-    model, data, fit, _, which = parse_job(
+    model, data, fit, _, which, kept, decoding = parse_job(
         "evaluate",
         main.__doc__ or "",
         argv,
         method="",
-        more=[AdapterArguments()],
+        more=[AdapterArguments(), KeepArguments(), Decoding()],
         hidden=UNUSED,
         max_length=None,
     )
@@ -52,8 +63,8 @@ def main(argv: Sequence[str]) -> None:
             options["text_column"] = data.text_column or task.text_columns
             options["label_column"] = data.label_column or task.label_column
     data.max_length = data.max_length or 128
-    job = load("evaluate", model, data, fit, **options)
-    print(json.dumps(_evaluate(job, folder, about), indent=2))
+    job = load("evaluate", model, data, fit, decoding, **options)
+    print(json.dumps(_evaluate(job, folder, about, kept.generations), indent=2))
 
 
 def _folder(path: str) -> Path:
@@ -67,12 +78,14 @@ def _folder(path: str) -> Path:
     return adapter_folder(path, "adapter")
 
 
-def _evaluate(job: Any, folder: Path, about: dict[str, Any]) -> dict[str, Any]:
+def _evaluate(
+    job: Any, folder: Path, about: dict[str, Any], generations: str | None
+) -> dict[str, Any]:
     """The metrics of the adapter, on the rows that the flags give."""
     from safetensors import SafetensorError
     from transformers import Trainer
 
-    from rankwise.job import evaluate
+    from rankwise.job import check_generation, evaluate, generation, most_positions
 
     method = from_description(about["method"]) if "method" in about else by_name("lora")
     try:
@@ -83,8 +96,13 @@ def _evaluate(job: Any, folder: Path, about: dict[str, Any]) -> dict[str, Any]:
         said = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(f"cannot load the adapter {folder}: {said}") from error
     trainer = Trainer(model, job.arguments(folder.parent), **job.options())
+    check_generation(job, most_positions(model))
     found = evaluate(job, trainer)
-    return {"split": job.split, "rows": len(job.evaluation), **found}
+    with TemporaryDirectory() as scratch:  # of a text file that nobody asked for
+        file = Path(generations or Path(scratch) / "generations.jsonl")
+        texts = generation(job, model, file, resume=generations is not None)
+    found |= texts.pop("metrics", {})
+    return {"split": job.split, "rows": len(job.evaluation), **found, **texts}
 
 
 def _object(path: Path) -> dict[str, Any]:

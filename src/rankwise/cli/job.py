@@ -18,6 +18,7 @@ from rankwise.cli.arguments import (
 )
 from rankwise.cli.flags import Group, parse, read_flag
 from rankwise.cli.launched import check_output, processes
+from rankwise.decoding import Decoding
 from rankwise.errors import RankwiseError
 from rankwise.methods import METHODS, Method, by_name
 
@@ -83,13 +84,18 @@ def parse_job(
 
 
 def load(
-    command: str, model: ModelArguments, data: DataArguments, fit: FitArguments, **task: Any
+    command: str,
+    model: ModelArguments,
+    data: DataArguments,
+    fit: FitArguments,
+    decoding: Decoding | None = None,
+    **task: Any,
 ) -> "Job":
     """Reads and encodes the rows; everything that can be wrong with them is found here.
 
     Args:
         command: for the message where a flag is missing, and for the record.
-        model, data, fit: the flags.
+        model, data, fit, decoding: the flags.
         **task: overrides for `tasks.load_task` (an adapter's own labels).
     """
     required(model.model_name_or_path, "model_name_or_path", command)
@@ -99,7 +105,8 @@ def load(
     quiet()
     loaded = task_of(model, data, fit, **task)
     args = training_arguments(fit)
-    return load_job(loaded, source(model), args, data.max_length, data.eval_split, command)
+    of_rows = data.max_length, data.eval_split
+    return load_job(loaded, source(model), args, *of_rows, command, decoding)
 
 
 def task_of(model: ModelArguments, data: DataArguments, fit: FitArguments, **task: Any) -> "Task":

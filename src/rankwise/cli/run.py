@@ -16,6 +16,7 @@ from rankwise.cli.arguments import (
     required,
 )
 from rankwise.cli.job import load, parse_job, settings_of
+from rankwise.decoding import Decoding
 from rankwise.errors import PlanError, RankwiseError
 from rankwise.hub import check_push
 from rankwise.methods import DEFAULT, METHODS, Method, by_name
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> None:
     """Fine-tune by a method on your data, and compare it with plain LoRA of the same size."""
-    more = [ControlArguments(), TuneArguments()]
+    more = [ControlArguments(), TuneArguments(), Decoding()]
     parts = parse_job("run", main.__doc__ or "", argv, method=DEFAULT, more=more)
     run("run", *parts)
 
@@ -42,6 +43,7 @@ def run(
     output: OutputArguments,
     controls: ControlArguments,
     tuning: TuneArguments | None = None,
+    decoding: Decoding | None = None,
 ) -> Path:
     """The whole job, in stages that a resumed run does not repeat. Returns the output folder."""
     target = required(output.output_dir, "output_dir", command)
@@ -51,7 +53,7 @@ def run(
 
     resume = output.resume_from_checkpoint
     check_output(target, output.overwrite_output_dir, resume)
-    job = load(command, model, data, fit)
+    job = load(command, model, data, fit, decoding)
     from rankwise import job as jobs
     from rankwise.cli.launched import is_first
     from rankwise.cli.show import report, say
@@ -67,7 +69,7 @@ def run(
             if flags:
                 raise
     tuning = tuning if tuning is not None and tuning.tune else None
-    settings = settings_of(method, model, data, fit, controls, *filter(None, [tuning]))
+    settings = settings_of(method, model, data, fit, controls, *filter(None, [tuning, decoding]))
     settings["rests_on"] = jobs.rests_on(job, base)
     if resume and is_finished(target, settings):
         say("this run is finished already")
@@ -196,7 +198,8 @@ def _train_control(
 ) -> "Result | None":
     """The control's result; None, and a line that says why, where there is none of this size."""
     from rankwise.cli.show import say
-    from rankwise.job import run_method, split_rows
+    from rankwise.files import write_text
+    from rankwise.job import GENERATIONS, run_method, split_rows
 
     # a method that hands over what it trained saw these rows alone, so its controls get no others
     rows = None if method.anew else split_rows(method, job).train
@@ -212,6 +215,9 @@ def _train_control(
         return None
     if (folder / "plan.json").is_file():
         RankPlan.load(folder / "plan.json").save(work / "controls" / f"{arm}.json")
+    if (folder / GENERATIONS).is_file():
+        kept = work / "controls" / f"{arm}-{GENERATIONS}"
+        write_text(kept, (folder / GENERATIONS).read_text(encoding="utf-8"))
     return result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rankwise.tasks.base import Task
 from rankwise.tasks.causal_lm import CausalLM
 from rankwise.tasks.classification import Classification
+from rankwise.tasks.generation import Generation
 from rankwise.tasks.kinds import KINDS, from_description
 from rankwise.tasks.known import KNOWN
 from rankwise.tasks.load import load_task
@@ -19,6 +20,7 @@ __all__ = [
     "METRICS",
     "CausalLM",
     "Classification",
+    "Generation",
     "Metric",
     "Regression",
     "Tagging",

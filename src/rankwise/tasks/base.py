@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -50,6 +50,7 @@ class Task(ABC):
         package: what its metrics are computed with; None for nothing beyond the library's own.
         labelled: whether its rows have a label column.
         most_texts: how many text columns it can take.
+        generates: whether texts are generated and scored; see `rankwise.tasks.Generation`.
 
     Example:
         >>> task = load_task("mrpc", data_dir="rows/mrpc")
@@ -74,6 +75,7 @@ class Task(ABC):
     package: ClassVar[str | None] = None
     labelled: ClassVar[bool] = True
     most_texts: ClassVar[int] = 2
+    generates: ClassVar[bool] = False
 
     @property
     def main_metric(self) -> str:
@@ -113,6 +115,11 @@ class Task(ABC):
         }
 
     # Rows
+
+    @classmethod
+    def learned(cls, rows: Rows, text_column: str | Sequence[str] | None) -> Rows:
+        """A slot: the columns of a split under the names that those of train have."""
+        return rows
 
     def check_texts(self, rows: dict[str, Rows]) -> None:
         """A slot: raises DataError, naming the row, where a text is missing or not a string."""

@@ -174,6 +174,11 @@ class CausalLM(Task):
         return {name: values[name] for name in self.metrics}
 
 
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[list[int]]:
+    """Token ids of prompts, as `CausalLM.tokenize` has them before the completion."""
+    return _ids(tokenizer, prompts, special=True)
+
+
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool) -> list[list[int]]:
     """Ids with the BOS the tokenizer sets, if special, and never an EOS."""
     # verbose=False: a text over the model's length is cut later, no need to warn of it.

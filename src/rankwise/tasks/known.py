@@ -22,6 +22,8 @@ class KnownTask:
         kind: what is predicted, a name in `rankwise.tasks.KINDS`.
         label_column: its name in the hub's rows.
         hub_splits: the hub's names for train, validation and test.
+        suite: for a generation task, whose scorer judges the texts; see `rankwise.metrics`.
+        unseen: categories of its test rows that are not in train.
     """
 
     hub: tuple[str, ...]
@@ -31,7 +33,15 @@ class KnownTask:
     kind: str = "classification"
     label_column: str = "label"
     hub_splits: tuple[str, str, str] = SPLITS
+    suite: str = ""
+    unseen: tuple[str, ...] = ()
 
+
+# Of generation tasks, the loss is the first: sizes and rates are chosen by it. METEOR has the name
+# that its tables allow.
+_LOSS = ("loss", "perplexity")
+_METEOR = ("meteor", "meteor_without_paraphrases")
+_TRIPLES = ("bleu", "bleu_given_references", *_METEOR, "ter")
 
 # The metrics of the GLUE tasks are those of the benchmark.
 KNOWN: dict[str, KnownTask] = {
@@ -47,6 +57,13 @@ KNOWN: dict[str, KnownTask] = {
         label_names=("entailment", "neutral", "contradiction"),
         metrics=("accuracy",),
         hub_splits=("train", "validation_matched", "test_matched"),
+    ),
+    "glue/mnli_mismatched": KnownTask(
+        hub=("glue", "mnli"),
+        text_columns=("premise", "hypothesis"),
+        label_names=("entailment", "neutral", "contradiction"),
+        metrics=("accuracy",),
+        hub_splits=("train", "validation_mismatched", "test_mismatched"),
     ),
     "glue/mrpc": KnownTask(
         hub=("glue", "mrpc"),
@@ -82,7 +99,7 @@ KNOWN: dict[str, KnownTask] = {
         hub=("glue", "stsb"),
         text_columns=("sentence1", "sentence2"),
         label_names=None,
-        metrics=("pearson", "spearman"),
+        metrics=("spearman", "pearson"),
         kind="regression",
     ),
     "glue/wnli": KnownTask(
@@ -103,7 +120,34 @@ KNOWN: dict[str, KnownTask] = {
         kind="tagging",
         label_column="ner_tags",
     ),
+    "e2e_nlg": KnownTask(
+        hub=("tuetschek/e2e_nlg",),
+        text_columns=("meaning_representation", "human_reference"),
+        label_names=None,
+        metrics=(*_LOSS, "bleu", "nist", "nist_python", *_METEOR, "rouge_l", "cider"),
+        kind="generation",
+        suite="e2e",
+    ),
+    "web_nlg": KnownTask(
+        hub=("webnlg-challenge/web_nlg", "webnlg_challenge_2017"),
+        text_columns=("triples", "text"),
+        label_names=None,
+        metrics=(*_LOSS, *_TRIPLES, *(f"{m}_{p}" for p in ("seen", "unseen") for m in _TRIPLES)),
+        kind="generation",
+        suite="webnlg",
+        unseen=("Artist", "Athlete", "CelestialBody", "MeanOfTransportation", "Politician"),
+    ),
+    "dart": KnownTask(
+        hub=("Yale-LILY/dart",),
+        text_columns=("triples", "text"),
+        label_names=None,
+        metrics=(*_LOSS, *_TRIPLES),
+        kind="generation",
+        suite="dart",
+    ),
 }
+
+_ALIASES = {"e2e": "e2e_nlg", "webnlg": "web_nlg"}
 
 
 def known_name(task: str) -> str:
@@ -112,7 +156,7 @@ def known_name(task: str) -> str:
     Raises:
         DataError: no such task.
     """
-    for name in (task, f"glue/{task}"):
+    for name in (task, f"glue/{task}", _ALIASES.get(task, task)):
         if name in KNOWN:
             return name
     raise DataError(

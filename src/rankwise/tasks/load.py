@@ -155,11 +155,13 @@ def _columns(
 ) -> Columns:
     if known is not None:
         text_column = text_column or known.text_columns
-        label_column = label_column or known.label_column
         kind = kind or known.kind
+        if find_kind(kind).labelled:
+            label_column = label_column or known.label_column
     # The first split is train, unless only an evaluation is wanted.
     split = next(iter(rows))
-    return choose_columns(rows[split], text_column, label_column, kind, split)
+    there = find_kind(kind).learned(rows[split], text_column) if kind else rows[split]
+    return choose_columns(there, text_column, label_column, kind, split)
 
 
 def _number(

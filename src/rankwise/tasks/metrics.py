@@ -25,6 +25,18 @@ class Metric:
     range: str
 
 
+_GENERATED: dict[str, Metric] = {
+    "bleu": Metric(True, "from 0 to 1"),
+    "bleu_given_references": Metric(True, "from 0 to 1, a missing reference is left out"),
+    "nist": Metric(True, "from 0 up, in bits a word"),
+    "nist_python": Metric(True, "from 0 up, in bits a word"),
+    "meteor": Metric(True, "from 0 to 1"),
+    "meteor_without_paraphrases": Metric(True, "from 0 to 1, not comparable with METEOR"),
+    "rouge_l": Metric(True, "from 0 to 1"),
+    "cider": Metric(True, "from 0 to 10"),
+    "ter": Metric(False, "from 0 up, edits a word"),
+}
+
 METRICS: dict[str, Metric] = {
     "accuracy": Metric(True, "from 0 to 1, the share that is right"),
     "f1": Metric(True, "from 0 to 1"),
@@ -35,6 +47,9 @@ METRICS: dict[str, Metric] = {
     "spearman": Metric(True, "from -1 to 1, 0 for no relation"),
     "perplexity": Metric(False, "from 1 up, the size of the vocabulary for uniform guesses"),
     "loss": Metric(False, "from 0 up, in nats a token"),
+    **_GENERATED,
+    # WebNLG's categories that are in train, and those that are not
+    **{f"{name}_{part}": of for name, of in _GENERATED.items() for part in ("seen", "unseen")},
 }
 
 
