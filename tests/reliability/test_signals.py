@@ -64,7 +64,7 @@ def test_from_the_first_second(tmp_path, number):
 
 def test_nohup_stays_what_it_is():
     script = "import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
-    script += "from rankwise.cli import _listen; _listen(); "
+    script += "from rankwise.cli.boundary import listen; listen(); "
     script += "sys.exit(signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
