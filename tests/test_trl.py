@@ -20,7 +20,8 @@ from trl import (
     SFTTrainer,
 )
 
-from rankwise.trainers import CutAtEnd, batches_of
+from rankwise.batches import batches_of
+from rankwise.trainers import CutAtEnd
 
 WORDS = "red green blue one two three four five big small cat dog is a the what and not".split()
 TEMPLATE = (

@@ -763,7 +763,7 @@ def order(model: Any, batches: Iterable[Batch] | None = None, **how: Any) -> Ord
     from rankwise.curvature import read
 
     if hasattr(model, "get_eval_dataloader"):
-        from rankwise.trainers import batches_of
+        from rankwise.batches import batches_of
 
         batches = batches_of(model) if batches is None else batches
         model = model.accelerator.unwrap_model(model.model)

@@ -223,7 +223,7 @@ class Method:
             trainer = self.trainer(self.attach(model, plan, setting), plan, setting)
             run_training(trainer, resume)
             if setting.options.get("trainer_class") is not None:  # its rows, prepared by it
-                from rankwise.trainers import documents
+                from rankwise.batches import documents
 
                 setting = replace(setting, held_out=documents(trainer.eval_dataset))
             return self.keep(trainer, plan, setting)

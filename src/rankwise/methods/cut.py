@@ -113,9 +113,9 @@ class CutByData(LoraMethod):
         return hold_out(setting.held_out, count - order, setting.args.seed)
 
     def keep(self, trainer: Any, plan: "RankPlan | None", setting: Setting) -> Kept:
+        from rankwise.batches import batches_of
         from rankwise.choose import default_margin, smallest_as_good
         from rankwise.orders import order
-        from rankwise.trainers import batches_of
 
         assert plan is not None
         rows = self.halves(setting)
