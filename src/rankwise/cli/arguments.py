@@ -29,7 +29,9 @@ class ModelArguments:
 class DataArguments:
     """A known task, or files of your own."""
 
-    task: str | None = flag(None, "a known task: glue/rte, glue/mrpc, glue/stsb, jnlpba, ...")
+    task: str | None = flag(
+        None, "a known task: glue/rte, glue/mrpc, jnlpba, ...; or chat, for conversations in files"
+    )
     data_dir: str | None = flag(
         None,
         "folder with train, validation and test as .jsonl, .csv or .parquet; instead of the hub",
@@ -49,7 +51,7 @@ class DataArguments:
     )
     kind: str | None = flag(
         None,
-        "what kind of task: classification, regression, tagging or causal_lm; without it, told "
+        "what kind of task: classification, regression, tagging, causal_lm or chat; else told "
         "from the columns",
     )
     max_length: int = flag(128, "tokens; longer rows are cut")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rankwise.tasks.base import Task
 from rankwise.tasks.causal_lm import CausalLM
+from rankwise.tasks.chat import Chat
 from rankwise.tasks.classification import Classification
 from rankwise.tasks.generation import Generation
 from rankwise.tasks.kinds import KINDS, from_description
@@ -19,6 +20,7 @@ __all__ = [
     "KNOWN",
     "METRICS",
     "CausalLM",
+    "Chat",
     "Classification",
     "Generation",
     "Metric",

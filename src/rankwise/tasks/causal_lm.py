@@ -105,8 +105,11 @@ class CausalLM(Task):
             }
 
         encoded = rows.map(batch_features, batched=True, remove_columns=rows.column_names)
-        _report_dropped(len(rows), len(encoded), max_length)
+        self._report(len(rows), len(encoded), max_length)
         return encoded
+
+    def _report(self, before: int, after: int, max_length: int) -> None:
+        _report_dropped(before, after, max_length)
 
     def predict(
         self,
@@ -124,11 +127,10 @@ class CausalLM(Task):
         """
         import torch
 
-        name = self.text_columns[0]
-        check_texts(rows, name, "input")
+        every = self.prompts(tokenizer, rows)
         found = []
-        for start in range(0, len(rows[name]), batch_size):
-            ids = _ids(tokenizer, rows[name][start : start + batch_size], special=True)
+        for start in range(0, len(every), batch_size):
+            ids = every[start : start + batch_size]
             longest = max(map(len, ids))
             width = [longest - len(row) for row in ids]
             pad = tokenizer.pad_token_id or 0
@@ -145,6 +147,12 @@ class CausalLM(Task):
             texts = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
             found += [{"completion": text} for text in texts]
         return found
+
+    def prompts(self, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> list[list[int]]:
+        """A slot: the ids that a completion goes on from, for each row."""
+        name = self.text_columns[0]
+        check_texts(rows, name, "input")
+        return _ids(tokenizer, rows[name], special=True)
 
     def data_collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Any]], Any]:
         from transformers import DataCollatorForSeq2Seq

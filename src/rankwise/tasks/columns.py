@@ -48,6 +48,8 @@ def choose_columns(
     """
     if kind is not None:
         find_kind(kind)
+    if kind == "chat" or (kind is None and rows.keys() & {"messages", "conversations"}):
+        return Columns("chat", ("messages",), None)
     given = (text_column,) if isinstance(text_column, str) else tuple(text_column or ())
     text = given or _guess_text(rows, label_column, kind)
     for name in (*text, *([label_column] if label_column else [])):

@@ -7,13 +7,15 @@ from typing import Any
 from rankwise.errors import DataError
 from rankwise.tasks.base import Task
 from rankwise.tasks.causal_lm import CausalLM
+from rankwise.tasks.chat import Chat
 from rankwise.tasks.classification import Classification
 from rankwise.tasks.generation import Generation
 from rankwise.tasks.regression import Regression
 from rankwise.tasks.tagging import Tagging
 
 KINDS: dict[str, type[Task]] = {
-    kind.kind: kind for kind in (Classification, Regression, Tagging, CausalLM, Generation)
+    kind.kind: kind
+    for kind in (Classification, Regression, Tagging, CausalLM, Generation, Chat)
 }
 
 
