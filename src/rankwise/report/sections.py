@@ -114,7 +114,7 @@ def _machine(result: Result) -> str:
 def _quality(suite: Suite) -> Section:
     """Mean ± sd over seeds, by task; a mean over the tasks that every arm has."""
     whole = _everywhere(suite)
-    head = ["method", "parameters", *(_task_head(suite, task) for task in suite.tasks)]
+    head = ["method", "parameters", *(of.task_head(suite, task) for task in suite.tasks)]
     if len(whole) > 1:
         head.append("mean")
     rows = []
@@ -161,19 +161,10 @@ def _everywhere(suite: Suite) -> list[str]:
     """Tasks with points, where every arm has a seed on which LoRA learned something."""
     found = []
     for task in suite.tasks:
-        bounded = of.scale(_metric(suite, task)) is not None
+        bounded = of.scale(of.metric_of(suite, task)) is not None
         if bounded and all(_mean(suite, arm, task) is not None for arm in suite.arms):
             found.append(task)
     return found
-
-
-def _metric(suite: Suite, task: str) -> str:
-    return next(of.main_metric(r) for r in suite.results if of.task_of(r) == task)
-
-
-def _task_head(suite: Suite, task: str) -> str:
-    metric = _metric(suite, task).replace("_correlation", "").replace("_", " ")
-    return f"{task}, {metric}"
 
 
 def _values(suite: Suite, arm: Arm, task: str, learned: bool) -> list[float]:

@@ -237,6 +237,16 @@ def main_metric(result: Result) -> str:
     return str(result.task["metrics"][0])
 
 
+def metric_of(suite: Suite, task: str) -> str:
+    """The main metric of a task."""
+    return next(main_metric(r) for r in suite.results if task_of(r) == task)
+
+
+def task_head(suite: Suite, task: str) -> str:
+    """A task and its main metric, over a column or a drawing."""
+    return f"{task}, {metric_of(suite, task).replace('_correlation', '').replace('_', ' ')}"
+
+
 def scale(metric: str) -> float | None:
     """What makes points, hundredths of the best value, of a metric; None where it has no end."""
     found = re.search(r"to (\d+)", find_metric(metric).range) if metric in METRICS else None
