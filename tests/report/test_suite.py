@@ -191,6 +191,27 @@ def test_files_that_cannot_be_read_are_said_one_line_each(tmp_path, capsys):
     assert "the loss is nan" in text and "half.json" in text and "| ours | 1,000 | 90.0 |" in text
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"task": {"name": "a", "metrics": []}},
+        {"task": {"name": "a", "metrics": ["elegance"]}},
+        {"metrics": {"loss": 0.5}},
+        {"cost": {}},
+        {"about": {"cell": []}},
+        {"about": {"cell": {"spec": "x"}}},
+        {"about": {"floor": 3}},
+    ],
+)
+def test_a_result_that_says_too_little_is_left_out_and_said(changes, tmp_path):
+    records = [*both("a", 0, 0.8, 0.9), record("odd", "a", 0, 0.7, kind="X") | changes]
+    suite = loaded(tmp_path, records)
+    (problem,) = suite.problems
+    assert "2.json: odd: its" in problem or "2.json: odd: what it says" in problem
+    assert [arm.label for arm in suite.arms] == ["lora", "ours"]
+    markdown("t", sections(suite, "c"))
+
+
 @pytest.mark.parametrize("content", [None, "empty", "broken"])
 def test_nothing_to_report_is_one_line(content, tmp_path, capsys):
     if content is not None:

@@ -134,7 +134,7 @@ def _cell(
     spec = json.loads(json.dumps(spec))
     parts = [task.label, method.label, f"seed{seed}"]
     parts += [f"rate{rates[0]:g}"] if held_out is not None else []
-    name = "-".join([*(sub(r"[^\w.]+", "_", part) for part in parts), digest(spec)])
+    name = "-".join([*(sub(r"[^\w.]+", "_", part)[:60] for part in parts), digest(spec)])
     return Cell(name, task, method, fit, recipe.seeds[0], held_out, judged or {}, size_of, spec)
 
 

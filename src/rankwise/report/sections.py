@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -394,12 +394,14 @@ def _missing(suite: Suite) -> Section | None:
     """What is not there: failures, and files that could not be read."""
     rows = []
     for failure in suite.failures:
-        about = failure.cell
-        rate = about.get("held_out") is not None
-        where = [about.get("task", {}).get("label"), about.get("training", {}).get("seed")]
-        what = str(about.get("method", {}).get("label"))
-        kind = f"rate {about.get('rates', ['?'])[0]:g}" if rate else "result"
-        cells = [what, str(where[0]), f"seed {where[1]}", kind, failure.error]
+        rate = failure.cell.get("held_out") is not None
+        cells = [
+            _inside(failure.cell, "method", "label"),
+            _inside(failure.cell, "task", "label"),
+            f"seed {_inside(failure.cell, 'training', 'seed')}",
+            f"rate {failure.cell.get('rates')}" if rate else "result",
+            failure.error,
+        ]
         rows.append([(text, text) for text in cells])
     if not rows and not suite.problems:
         return None
@@ -407,6 +409,11 @@ def _missing(suite: Suite) -> Section | None:
     text = "Cells without a result, and files that could not be read; nothing above counts them."
     tables = (("", Table(head, rows)),) if rows else ()
     return Section("Not there", text, tables, notes=tuple(suite.problems))
+
+
+def _inside(cell: Mapping[str, Any], part: str, key: str) -> str:
+    found = cell.get(part)
+    return str(found.get(key, "?")) if isinstance(found, dict) else "?"
 
 
 def title_of(suite: Suite) -> str:
