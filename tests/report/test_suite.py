@@ -113,6 +113,7 @@ def test_where_lora_learned_nothing_the_cell_is_said_and_left_out(tmp_path):
     text = markdown("t", sections(suite, "c"))
     assert "| ours | 1,000 | 82.0 (1) | 90.0 † |" in text
     assert "LoRA itself learned nothing there (a, seed 1; b, seed 0)" in text
+    assert "Evaluated on a: 1,000 test rows; b: 1,000 test rows." in text
 
 
 def test_costs_are_ratios_to_a_lora_on_the_same_machine(tmp_path):

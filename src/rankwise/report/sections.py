@@ -145,7 +145,15 @@ def _quality(suite: Suite) -> Section:
         "number of seeds where they differ. Parameters are those of the adapter, without the task "
         "head."
     )
+    notes.append(f"Evaluated on {'; '.join(_evaluated(suite, task) for task in suite.tasks)}.")
     return Section("Quality", text, (("", Table(head, rows)),), notes=tuple(notes))
+
+
+def _evaluated(suite: Suite, task: str) -> str:
+    """`mrpc: 1,725 test rows`; more than one where results differ in it, which they should not."""
+    here = [r for r in suite.results if of.task_of(r) == task]
+    kinds = _each(here, lambda r: f"{r.rows.get('evaluated', 0):,} {r.split} rows")
+    return f"{task}: {', '.join(kinds)}"
 
 
 def _untold(arm: Arm, task: str) -> bool:
