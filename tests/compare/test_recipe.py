@@ -100,6 +100,16 @@ def test_every_cell_comes_after_those_it_waits_for(tmp_path):
         assert svd.rates == finals["svd", 0].rates  # every seed at the rates of one look
 
 
+def test_cells_that_judge_rates_have_their_own_length(tmp_path):
+    more = {"rates": [1e-3, 1e-2], "training": {"max_steps": 50, "num_train_epochs": 9}}
+    found = {}
+    for name, tune in {"epochs": {"num_train_epochs": 2}, "steps": {"max_steps": 4}}.items():
+        cells = cells_of(recipe(tmp_path, **more, tune=tune))
+        found[name] = {(c.fit.max_steps, c.fit.num_train_epochs) for c in cells if c.held_out}
+        assert {c.fit.max_steps for c in cells if c.held_out is None} == {50}
+    assert found == {"epochs": {(-1, 2.0)}, "steps": {(4, 9.0)}}
+
+
 def test_without_rates_nothing_is_tuned(tmp_path):
     (cell,) = cells_of(recipe(tmp_path, training={"learning_rate": 0.002}))
     assert cell.needs == () and cell.fit.learning_rate == 0.002

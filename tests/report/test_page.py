@@ -99,7 +99,7 @@ def test_in_a_browser(page, tmp_path):
     assert seen["largestFirst"] == ["third", "lora", label]
     assert seen["smallestFirst"] == [label, "lora", "third"] and seen["sort"] == "ascending"
     assert seen["byName"] == [label, "lora", "third"]
-    assert label[:31] + "…" in seen["svgTexts"] and "<b>b</b>" in seen["svgTexts"]
+    assert label[:31] + "…" in seen["svgTexts"] and "<b>b</b>, accuracy" in seen["svgTexts"]
     assert len(set(seen["ids"])) == len(seen["ids"])
     assert seen["svgInk"] == seen["ink"]
 

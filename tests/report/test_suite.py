@@ -113,6 +113,7 @@ def test_where_lora_learned_nothing_the_cell_is_said_and_left_out(tmp_path):
     text = markdown("t", sections(suite, "c"))
     assert "| ours | 1,000 | 82.0 (1) | 90.0 † |" in text
     assert "LoRA itself learned nothing there (a, seed 1; b, seed 0)" in text
+    assert "Evaluated on a: 1,000 test rows; b: 1,000 test rows." in text
 
 
 def test_costs_are_ratios_to_a_lora_on_the_same_machine(tmp_path):
@@ -189,6 +190,27 @@ def test_files_that_cannot_be_read_are_said_one_line_each(tmp_path, capsys):
     assert len(said) == 4 and all(line.startswith("rankwise: ") for line in said)
     text = (folder / "report" / "report.md").read_text()
     assert "the loss is nan" in text and "half.json" in text and "| ours | 1,000 | 90.0 |" in text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"task": {"name": "a", "metrics": []}},
+        {"task": {"name": "a", "metrics": ["elegance"]}},
+        {"metrics": {"loss": 0.5}},
+        {"cost": {}},
+        {"about": {"cell": []}},
+        {"about": {"cell": {"spec": "x"}}},
+        {"about": {"floor": 3}},
+    ],
+)
+def test_a_result_that_says_too_little_is_left_out_and_said(changes, tmp_path):
+    records = [*both("a", 0, 0.8, 0.9), record("odd", "a", 0, 0.7, kind="X") | changes]
+    suite = loaded(tmp_path, records)
+    (problem,) = suite.problems
+    assert "2.json: odd: its" in problem or "2.json: odd: what it says" in problem
+    assert [arm.label for arm in suite.arms] == ["lora", "ours"]
+    markdown("t", sections(suite, "c"))
 
 
 @pytest.mark.parametrize("content", [None, "empty", "broken"])

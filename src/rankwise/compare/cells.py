@@ -116,6 +116,8 @@ def _cell(
     judged: Mapping[float, str] | None = None,
 ) -> Cell:
     tune = {key: value for key, value in recipe.tune.items() if key != "held_out"}
+    if "num_train_epochs" in tune:
+        tune.setdefault("max_steps", -1)  # steps of the whole training would override them
     flags = {**recipe.training, **task.training, **(tune if held_out is not None else {})}
     fit = FitArguments(**flags, learning_rate=rates[0], seed=seed)
     spec: dict[str, Any] = {
@@ -132,7 +134,7 @@ def _cell(
     spec = json.loads(json.dumps(spec))
     parts = [task.label, method.label, f"seed{seed}"]
     parts += [f"rate{rates[0]:g}"] if held_out is not None else []
-    name = "-".join([*(sub(r"[^\w.]+", "_", part) for part in parts), digest(spec)])
+    name = "-".join([*(sub(r"[^\w.]+", "_", part)[:60] for part in parts), digest(spec)])
     return Cell(name, task, method, fit, recipe.seeds[0], held_out, judged or {}, size_of, spec)
 
 

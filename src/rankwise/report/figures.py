@@ -179,7 +179,7 @@ def _parameters(suite: Suite, theme: Theme) -> Any:
                 handles[_name(arm)] = _mark(axes, number, point, theme)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda x, _: _short(x))
-        axes.set_title(task, loc="left", fontsize=10, color=theme.ink)
+        axes.set_title(of.task_head(suite, task), loc="left", fontsize=10, color=theme.ink)
         axes.grid(color=theme.line, linewidth=0.6)
         axes.set_axisbelow(True)
         _tidy(axes, theme)

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ def _machine(result: Result) -> str:
 def _quality(suite: Suite) -> Section:
     """Mean ± sd over seeds, by task; a mean over the tasks that every arm has."""
     whole = _everywhere(suite)
-    head = ["method", "parameters", *(_task_head(suite, task) for task in suite.tasks)]
+    head = ["method", "parameters", *(of.task_head(suite, task) for task in suite.tasks)]
     if len(whole) > 1:
         head.append("mean")
     rows = []
@@ -145,7 +145,15 @@ def _quality(suite: Suite) -> Section:
         "number of seeds where they differ. Parameters are those of the adapter, without the task "
         "head."
     )
+    notes.append(f"Evaluated on {'; '.join(_evaluated(suite, task) for task in suite.tasks)}.")
     return Section("Quality", text, (("", Table(head, rows)),), notes=tuple(notes))
+
+
+def _evaluated(suite: Suite, task: str) -> str:
+    """`mrpc: 1,725 test rows`; more than one where results differ in it, which they should not."""
+    here = [r for r in suite.results if of.task_of(r) == task]
+    kinds = _each(here, lambda r: f"{r.rows.get('evaluated', 0):,} {r.split} rows")
+    return f"{task}: {', '.join(kinds)}"
 
 
 def _untold(arm: Arm, task: str) -> bool:
@@ -161,19 +169,10 @@ def _everywhere(suite: Suite) -> list[str]:
     """Tasks with points, where every arm has a seed on which LoRA learned something."""
     found = []
     for task in suite.tasks:
-        bounded = of.scale(_metric(suite, task)) is not None
+        bounded = of.scale(of.metric_of(suite, task)) is not None
         if bounded and all(_mean(suite, arm, task) is not None for arm in suite.arms):
             found.append(task)
     return found
-
-
-def _metric(suite: Suite, task: str) -> str:
-    return next(of.main_metric(r) for r in suite.results if of.task_of(r) == task)
-
-
-def _task_head(suite: Suite, task: str) -> str:
-    metric = _metric(suite, task).replace("_correlation", "").replace("_", " ")
-    return f"{task}, {metric}"
 
 
 def _values(suite: Suite, arm: Arm, task: str, learned: bool) -> list[float]:
@@ -403,12 +402,14 @@ def _missing(suite: Suite) -> Section | None:
     """What is not there: failures, and files that could not be read."""
     rows = []
     for failure in suite.failures:
-        about = failure.cell
-        rate = about.get("held_out") is not None
-        where = [about.get("task", {}).get("label"), about.get("training", {}).get("seed")]
-        what = str(about.get("method", {}).get("label"))
-        kind = f"rate {about.get('rates', ['?'])[0]:g}" if rate else "result"
-        cells = [what, str(where[0]), f"seed {where[1]}", kind, failure.error]
+        rate = failure.cell.get("held_out") is not None
+        cells = [
+            _inside(failure.cell, "method", "label"),
+            _inside(failure.cell, "task", "label"),
+            f"seed {_inside(failure.cell, 'training', 'seed')}",
+            f"rate {failure.cell.get('rates')}" if rate else "result",
+            failure.error,
+        ]
         rows.append([(text, text) for text in cells])
     if not rows and not suite.problems:
         return None
@@ -416,6 +417,11 @@ def _missing(suite: Suite) -> Section | None:
     text = "Cells without a result, and files that could not be read; nothing above counts them."
     tables = (("", Table(head, rows)),) if rows else ()
     return Section("Not there", text, tables, notes=tuple(suite.problems))
+
+
+def _inside(cell: Mapping[str, Any], part: str, key: str) -> str:
+    found = cell.get(part)
+    return str(found.get(key, "?")) if isinstance(found, dict) else "?"
 
 
 def title_of(suite: Suite) -> str:

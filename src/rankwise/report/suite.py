@@ -156,9 +156,13 @@ def load(paths: Sequence[str | Path]) -> Suite:
         if isinstance(found, Failure):
             failures.append(found)
         elif found is not None:
-            results.append(found)
-            if "cell" not in found.about:  # a run's controls are arms of their own
-                results += found.controls
+            # a run's controls are arms of their own
+            of_file = [found, *(() if "cell" in found.about else found.controls)]
+            for result in of_file:
+                if said := _unfit(result):
+                    problems.append(f"{file}: {result.name}: {said}")
+                else:
+                    results.append(result)
     judging = [result for result in results if _spec(result).get("held_out")]
     counting = [result for result in results if not _spec(result).get("held_out")]
     if not counting:
@@ -168,6 +172,27 @@ def load(paths: Sequence[str | Path]) -> Suite:
     arms = _arms(counting)
     tasks = dict.fromkeys(task_of(result) for result in counting)
     return Suite(arms, sorted(tasks), judging, failures, problems)
+
+
+def _unfit(result: Result) -> str:
+    """Why a report cannot use a result whose schema is right; "" where it can."""
+    metrics = result.task.get("metrics")
+    if not isinstance(metrics, list) or not metrics or not isinstance(result.task.get("name"), str):
+        return "its task has no name or no metrics"
+    if metrics[0] not in METRICS or metrics[0] not in result.metrics:
+        return f"its main metric {metrics[0]!r} is not known, or not among its figures"
+    seconds = [result.cost.get(name) for name in ("search_seconds", "train_seconds")]
+    if not all(isinstance(value, int | float) for value in seconds):
+        return "its cost has no search_seconds or no train_seconds"
+    about = result.about
+    parts = [about.get(name, {}) for name in ("cell", "floor", "machine", "judged", "versions")]
+    spec = parts[0].get("spec", {}) if isinstance(parts[0], dict) else None
+    parts.append(spec)
+    if isinstance(spec, dict):
+        parts += [spec.get(name, {}) for name in ("task", "method")]
+    if not all(isinstance(part, dict) for part in parts):
+        return "what it says about its cell is not as compare writes it"
+    return ""
 
 
 def _twice(results: Sequence[Result]) -> list[str]:
@@ -235,6 +260,16 @@ def size_of(result: Result) -> int:
 
 def main_metric(result: Result) -> str:
     return str(result.task["metrics"][0])
+
+
+def metric_of(suite: Suite, task: str) -> str:
+    """The main metric of a task."""
+    return next(main_metric(r) for r in suite.results if task_of(r) == task)
+
+
+def task_head(suite: Suite, task: str) -> str:
+    """A task and its main metric, over a column or a drawing."""
+    return f"{task}, {metric_of(suite, task).replace('_correlation', '').replace('_', ' ')}"
 
 
 def scale(metric: str) -> float | None:
