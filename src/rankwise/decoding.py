@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,20 +128,23 @@ def generate_rows(
 ) -> list[str]:
     """The texts for a split, written to a file of JSON lines beside their sources and references.
 
-    While it runs, the texts stand in `<file>.partial`, from which a resumed run goes on.
+    They stand in `<file>.partial`, too, from which a resumed run goes on; whoever has scored the
+    texts drops it (`drop_partial`).
 
     Args:
         model, tokenizer, decoding: as `generate`.
         task: of a kind that generates.
         rows: train, validation or test of the task.
         file: where the texts go.
-        resume: keep what is in the partial file, if it is of these rows and this decoding.
+        resume: keep what is in the partial file, if it is of this model, rows and decoding.
     """
     from tqdm import tqdm
 
     prompts = task.prompts(rows, tokenizer)
-    partial = file.with_name(file.name + ".partial")
-    about = json.dumps({"decoding": asdict(decoding), "prompts": len(prompts)})
+    partial = _partial(file)
+    about = json.dumps(
+        {"decoding": asdict(decoding), "prompts": fingerprint(prompts), "model": weights(model)}
+    )
     found = _unfinished(partial, about) if resume else {}
     partial.parent.mkdir(parents=True, exist_ok=True)
     left = [n for n in range(len(prompts)) if n not in found]
@@ -161,12 +165,36 @@ def generate_rows(
         for row, text in zip(task.shown(rows), texts, strict=True)
     )
     write_text(file, "".join(line + "\n" for line in lines))
-    partial.unlink()
     return texts
 
 
+def drop_partial(file: Path) -> None:
+    """Removes what a resumed run would go on from."""
+    _partial(file).unlink(missing_ok=True)
+
+
+def _partial(file: Path) -> Path:
+    return file.with_name(file.name + ".partial")
+
+
+def fingerprint(prompts: Sequence[Sequence[int]]) -> str:
+    """sha256 of token ids."""
+    return sha256(json.dumps([list(ids) for ids in prompts]).encode()).hexdigest()
+
+
+def weights(model: Any) -> str:
+    """sha256 of all parameters, bit for bit."""
+    import torch
+
+    digest = sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def _unfinished(partial: Path, about: str) -> dict[int, str]:
-    """What an earlier run had generated; nothing where it was of other rows or another decoding."""
+    """What an earlier run had generated; nothing where it was of something else."""
     if not partial.is_file():
         return {}
     first, *lines = partial.read_text(encoding="utf-8").split("\n")

@@ -32,7 +32,7 @@ from transformers import (
 from rankwise import tasks
 from rankwise.adapter import OTHER_SIZES
 from rankwise.choose import Curve, resampled
-from rankwise.decoding import Decoding, generate_rows
+from rankwise.decoding import Decoding, drop_partial, generate_rows
 from rankwise.errors import DataError, DivergedError, RankwiseError
 from rankwise.files import release, write_json
 from rankwise.lora import swap_adapter
@@ -716,6 +716,7 @@ def generation(job: Job, model: nn.Module, file: Path, resume: bool) -> dict[str
     texts = generate_rows(model, job.tokenizer, task, rows, job.decoding, file, resume)
     seconds = round(time.perf_counter() - started, 3)
     figures = task.score_texts(rows, texts)
+    drop_partial(file)
     return {
         "metrics": {figure.name: figure.value for figure in figures},
         "signatures": {figure.name: figure.signature for figure in figures},

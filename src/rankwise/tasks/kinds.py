@@ -14,8 +14,7 @@ from rankwise.tasks.regression import Regression
 from rankwise.tasks.tagging import Tagging
 
 KINDS: dict[str, type[Task]] = {
-    kind.kind: kind
-    for kind in (Classification, Regression, Tagging, CausalLM, Generation, Chat)
+    kind.kind: kind for kind in (Classification, Regression, Tagging, CausalLM, Generation, Chat)
 }
 
 
