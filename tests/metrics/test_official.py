@@ -18,8 +18,8 @@ pytestmark = [
 for package in ("sacrebleu", "nltk", "pycocoevalcap", "anyascii"):
     pytest.importorskip(package)
 
-# Others agree to the printed digit. TER: sacrebleu's edits, not tercom's. METEOR: on a few sentences
-# in a hundred another alignment is chosen among equals.
+# Others agree to the printed digit. TER: sacrebleu's edits, not tercom's. METEOR: on a few
+# sentences in a hundred another alignment is chosen among equals.
 DIGITS = {"meteor": 1.5e-4, "ter": 5e-4}
 
 
