@@ -140,7 +140,7 @@ def generate_rows(
     """
     from tqdm import tqdm
 
-    prompts = task.prompts(rows, tokenizer)
+    prompts = task.prompts(tokenizer, rows)
     partial = _partial(file)
     about = json.dumps(
         {"decoding": asdict(decoding), "prompts": fingerprint(prompts), "model": weights(model)}

@@ -731,7 +731,7 @@ def check_generation(job: Job, most: int | None) -> None:
         return
     task: Any = job.task
     _, rows = _evaluation_rows(task, job.split)
-    longest = max(map(len, task.prompts(rows, job.tokenizer)))
+    longest = max(map(len, task.prompts(job.tokenizer, rows)))
     if longest + job.decoding.max_new_tokens > most:
         raise DataError(
             f"the longest input is {longest} tokens and --max_new_tokens "

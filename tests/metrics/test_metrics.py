@@ -227,6 +227,15 @@ def test_every_figure_of_a_suite_has_a_signature_and_a_direction(suite, no_table
     assert all(f.name in METRICS and ":" in f.signature for f in figures)
 
 
+@pytest.mark.parametrize("suite", ["e2e", "webnlg", "dart"])
+def test_empty_outputs_and_references_of_marks_alone_count(suite, no_tables):
+    pytest.importorskip("pycocoevalcap")
+    pytest.importorskip("anyascii")
+    figures = {f.name: f.value for f in score(suite, ["", "a dog"], [["the cat ."], ["...", "!"]])}
+    assert figures["meteor_without_paraphrases"] == 0.0
+    assert all(0 <= value < 2 for value in figures.values())
+
+
 def test_only_the_first_three_references_of_dart_count(no_tables):
     refs = [[*row, "nothing like it", "the cat sat on the mat a dog barks"] for row in REFS]
     first = [[*row, "nothing like it"] for row in REFS]

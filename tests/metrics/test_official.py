@@ -18,8 +18,9 @@ pytestmark = [
 for package in ("sacrebleu", "nltk", "pycocoevalcap", "anyascii"):
     pytest.importorskip(package)
 
-# Half a unit of the last digit that is asked for.
-DIGITS = {"meteor": 2e-4, "ter": 5e-4}
+# Others agree to the printed digit. TER: sacrebleu's edits, not tercom's. METEOR: on a few
+# sentences in a hundred another alignment is chosen among equals.
+DIGITS = {"meteor": 1.5e-4, "ter": 5e-4}
 
 
 def lines(path: Path) -> list[str]:
@@ -39,7 +40,7 @@ def e2e(folder: Path, system: str) -> tuple[list[str], list[list[str]]]:
 def check(found, expected: dict[str, float]) -> None:
     values = {figure.name: figure.value for figure in found}
     for name, value in expected.items():
-        tolerance = DIGITS.get(name, 0.51 * 10.0 ** -len(str(value).partition(".")[2]))
+        tolerance = DIGITS.get(name, 0.5001 * 10.0 ** -len(str(value).partition(".")[2]))
         assert values[name] == pytest.approx(value, abs=tolerance), name
 
 

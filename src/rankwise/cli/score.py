@@ -15,8 +15,8 @@ from rankwise.errors import DataError
 class ScoreArguments:
     """What to score."""
 
-    task: Literal["", "e2e", "webnlg", "dart"] = flag(
-        "", "whose scorer judges: E2E challenge, WebNLG 2017, DART"
+    task: Literal["e2e", "webnlg", "dart"] | None = flag(
+        None, "whose scorer judges: E2E challenge, WebNLG 2017, DART"
     )
     hypotheses: str | None = flag(None, "file of the texts to be judged, one a line")
     references: tuple[str, ...] = flag(
@@ -30,7 +30,7 @@ class ScoreArguments:
 def main(argv: Sequence[str]) -> None:
     """Score generated texts as a benchmark's official scorer does, without Java or downloads."""
     (given,) = parse("score", main.__doc__ or "", [Group("score", ScoreArguments())], argv)
-    task = required(given.task or None, "task", "score")
+    task = required(given.task, "task", "score")
     file = Path(required(given.hypotheses, "hypotheses", "score"))
     paths = [Path(path) for path in required(given.references or None, "references", "score")]
     from rankwise.metrics import score

@@ -290,7 +290,7 @@ def align(hyp: Sequence[str], ref: Sequence[str], tables: Tables) -> list[Match]
 
     Matches of words that nothing else can take are settled beforehand. Among the others the order
     is: most words covered (of a match that is not exact, half of them, rounded down on each side),
-    fewest chunks, most matches that are not the same word in the same place.
+    fewest chunks, most matches, and matches early in the hypothesis.
     """
     found = matches(hyp, ref, tables)
     settled = _settled(found, len(hyp), len(ref))
@@ -321,7 +321,7 @@ def align(hyp: Sequence[str], ref: Sequence[str], tables: Tables) -> list[Match]
 
 
 # Criteria of the search in one number, the first the largest.
-_WORD, _CHUNK = 1 << 40, 1 << 20
+_WORD, _CHUNK, _MATCH = 1 << 60, 1 << 40, 1 << 20
 
 
 def _cost(path: tuple[int, int, int, int, object]) -> int:
@@ -333,7 +333,7 @@ def _with_cost(m: Match) -> tuple[Match, int, int]:
     words = m.length + m.size if m.module == EXACT else m.length // 2 + m.size // 2
     return (
         m,
-        _WORD * words + (m.start != m.at or m.module != EXACT),
+        _WORD * words + _MATCH - m.start,
         ((1 << m.length) - 1) << m.start,
     )
 

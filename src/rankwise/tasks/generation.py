@@ -128,9 +128,10 @@ class Generation(CausalLM):
         """Raises RankwiseError where a package that the figures need is not installed."""
         check_packages(self.suite)
 
-    def prompts(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    def prompts(self, tokenizer: PreTrainedTokenizerBase, rows: Rows | Dataset) -> list[list[int]]:
         """Token ids of each row's input, as they were before the text in training."""
-        return prompt_ids(tokenizer, [text + END for text in rows[self._columns()[0]]])
+        inputs = rows[self._columns()[0]]
+        return prompt_ids(tokenizer, [BETWEEN.join(_texts(value)) + END for value in inputs])
 
     def shown(self, rows: Dataset) -> list[dict[str, Any]]:
         """Input and references of each row, for the file that the generated texts are kept in."""
