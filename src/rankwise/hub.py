@@ -14,6 +14,7 @@ PIPELINES = {
     "tagging": "token-classification",
     "causal_lm": "text-generation",
     "chat": "text-generation",
+    "generation": "text-generation",
 }
 
 

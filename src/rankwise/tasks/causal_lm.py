@@ -127,7 +127,7 @@ class CausalLM(Task):
         """
         import torch
 
-        every = self.prompts(tokenizer, rows)
+        every = self.starts(tokenizer, rows)
         found = []
         for start in range(0, len(every), batch_size):
             ids = every[start : start + batch_size]
@@ -148,7 +148,7 @@ class CausalLM(Task):
             found += [{"completion": text} for text in texts]
         return found
 
-    def prompts(self, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> list[list[int]]:
+    def starts(self, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> list[list[int]]:
         """A slot: the ids that a completion goes on from, for each row."""
         name = self.text_columns[0]
         check_texts(rows, name, "input")

@@ -69,7 +69,7 @@ class Chat(CausalLM):
         self._report(len(rows), len(kept), max_length)
         return kept
 
-    def prompts(self, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> list[list[int]]:
+    def starts(self, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> list[list[int]]:
         """Each conversation up to where the assistant has the word."""
         _check_template(tokenizer)
         found = []
