@@ -24,8 +24,8 @@ def _flag(default: Any, text: str) -> Any:
 class Decoding:
     """Text generation.
 
-    The defaults are those that the LoRA paper (arXiv 2106.09685, table 11) generates with. In
-    transformers a beam's log-probability is divided by its length to the power of length_penalty.
+    Beams and length penalty are the LoRA paper's (arXiv 2106.09685). In transformers a beam's
+    log-probability is divided by its length to the power of length_penalty.
 
     Raises:
         RankwiseError: a number is out of its range.
