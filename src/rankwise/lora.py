@@ -318,12 +318,12 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def swap_adapter(trainer: Trainer, folder: str | Path) -> None:
+def swap_adapter(trainer: Trainer, folder: str | Path, trainable: bool = False) -> None:
     """Puts the adapter in a folder in place of the one that a trainer's model carries."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     base = model.unload()
-    new = PeftModel.from_pretrained(base, str(folder)).to(trainer.args.device)
-    trainer.model = trainer.model_wrapped = new
+    new = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
+    trainer.model = trainer.model_wrapped = new.to(trainer.args.device)
 
 
 def _checkpointing(model: nn.Module) -> bool:

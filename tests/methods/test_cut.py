@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import default_data_collator, set_seed
 
@@ -224,6 +225,40 @@ def test_a_size_that_was_asked_for_is_not_called_as_good(trained, kept):
     between = kept.curve.sizes[-1] - 1
     text = kept_by(trained, budget=between).figures["choice"]
     assert "as asked for; its size is not on the curve" in text
+
+
+# Healing.
+
+
+def scored(trainer: Any, adapter: rankwise.Adapter, dataset: Any, folder: Path) -> float:
+    """The loss in stock PEFT of an adapter on disk."""
+    adapter.save(folder)
+    base = trainer.model.unload()
+    trainer.model = trainer.model_wrapped = PeftModel.from_pretrained(base, str(folder))
+    return trainer.evaluate(dataset)["eval_loss"]
+
+
+@pytest.mark.parametrize(("rate", "better"), [(1e-2, True), (1e3, False)])
+def test_a_cut_is_trained_on_and_kept_where_it_is_better(trained, tmp_path, rate, better):
+    trainer, plan, setting = trained
+    trainer.state.max_steps = 40
+    method = CutByData(r=3, heal=0.5, budget=1200)
+    setting = replace(setting, metric="loss", greater_is_better=False)
+    if better:  # one class, which any training finds
+        one = setting.held_out.map(lambda row: {"labels": 1})
+        setting = replace(setting, train=one, held_out=one)
+    judged = method.halves(setting).validation
+    setting.args.learning_rate = rate
+    found = method.keep(trainer, plan, setting)
+    ordered, small = found.found
+    cut, about = ordered.cut(1200), found.figures["heal"]
+    assert about["steps"] == 20
+    assert about["kept"] is better, about
+    assert {n: f.rank for n, f in small.factors().items()} == found.plan.ranks
+    assert scored(trainer, cut, judged, tmp_path / "a") == pytest.approx(about["before"], rel=1e-5)
+    after = about["after"] if better else about["before"]
+    assert scored(trainer, small, judged, tmp_path / "b") == pytest.approx(after, rel=1e-5)
+    assert ("which is kept" in found.figures["choice"]) is better
 
 
 # The model, and what stands beside it.

@@ -67,6 +67,10 @@ class CutByData(LoraMethod):
     order_rows: int = flag(
         400, "held-out rows that make the order, at most half; the rest judge", after=True
     )
+    heal: float = flag(
+        0.0, "train the cut on, for this share of the steps, and keep that where it is better on "
+        "the rows that judge; the other sizes stay as they are", after=True
+    )  # fmt: skip
     validation_fraction: float = flag(
         0.2, "share of the training rows that is held out, where there are no validation rows"
     )
@@ -77,6 +81,8 @@ class CutByData(LoraMethod):
             raise RankwiseError(f"budget is {self.budget}; it has to be at least 1")
         if self.margin is not None and not 0 <= self.margin < float("inf"):
             raise RankwiseError(f"margin is {self.margin}; it has to be at least 0")
+        if not 0 <= self.heal < 1:
+            raise RankwiseError(f"heal is {self.heal}; it is a share, at least 0 and below 1")
         for name, least in (("sizes", 2), ("order_rows", LEAST_ROWS // 2)):
             if getattr(self, name) < least:
                 raise RankwiseError(f"{name} is {getattr(self, name)}; it has to be >= {least}")
@@ -130,7 +136,7 @@ class CutByData(LoraMethod):
             small = cuts[max(cuts) if alike else smallest_as_good(found, self.margin)]
         kept = replace(small.as_plan(plan.scaling), r=self.r)
         margin = default_margin(found) if self.margin is None else self.margin
-        figures = {
+        figures: dict[str, Any] = {
             "margin": margin,
             "learned_nothing": alike,  # as far as these rows can tell
             "order_rows": len(rows.train),
@@ -139,7 +145,42 @@ class CutByData(LoraMethod):
             if alike
             else _said(found, kept, ordered, margin, asked=self.budget is not None),
         }
+        if self.heal:
+            small, figures["heal"] = self._healed(trainer, small, rows.validation, setting)
+            figures["choice"] += _said_healed(figures["heal"])
         return Kept(kept, found, figures, found=(ordered, small))
+
+    def _healed(
+        self, trainer: Any, small: "Adapter", rows: Any, setting: Setting
+    ) -> "tuple[Adapter, dict[str, Any]]":
+        """The cut trained on, or as it was where that is no better; and what both score on `rows`.
+
+        At the training's own rate and schedule, warmed up anew. `trainer.model` carries it
+        afterwards.
+        """
+        from tempfile import TemporaryDirectory
+
+        from transformers import set_seed
+
+        from rankwise.adapter import Adapter
+        from rankwise.lora import swap_adapter
+        from rankwise.trainer import FiniteTrainer, replaced
+
+        steps = max(1, round(self.heal * trainer.state.max_steps))
+        args = replaced(setting.args, max_steps=steps, save_strategy="no")
+        set_seed(args.seed)
+        with TemporaryDirectory() as folder:
+            small.save(Path(folder) / "cut")
+            swap_adapter(trainer, Path(folder) / "cut", trainable=True)
+        again = FiniteTrainer(trainer.model, args, train_dataset=setting.train, **setting.options)
+        scores = []
+        for turn in (lambda: None, again.train):
+            turn()
+            scores.append(again.evaluate(rows)[f"eval_{setting.metric}"])
+        sign = 1 if setting.greater_is_better else -1
+        kept = sign * (scores[1] - scores[0]) > 0
+        about = {"steps": steps, "metric": setting.metric, "before": scores[0], "after": scores[1]}
+        return (Adapter.of(trainer.model) if kept else small), about | {"kept": kept}
 
     def cuts(self, ordered: "Ordered") -> dict[int, "Adapter"]:
         """The adapter at each size of the curve, by its parameters."""
@@ -169,6 +210,12 @@ class CutByData(LoraMethod):
 
     def hand_over(self, trainer: "Trainer", kept: Kept, folder: Path) -> None:
         hand_over_ordered(trainer, kept, folder)
+
+
+def _said_healed(found: Mapping[str, Any]) -> str:
+    change = f"{found['metric']} {found['before']:.4f} -> {found['after']:.4f} on the same rows"
+    kept = "which is kept" if found["kept"] else "which is not kept"
+    return f"; trained on for {found['steps']} steps: {change}, {kept}"
 
 
 def _measured(trainer: Any, cuts: "Mapping[int, Adapter]", rows: Any, setting: Setting) -> "Curve":
