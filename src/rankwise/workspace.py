@@ -22,7 +22,13 @@ from rankwise.files import (
 from rankwise.reading import read_json
 
 # Of a run's settings, those that a stopped run may go on without.
-_FREE = {"report_to", "logging_steps", "save_steps", "per_device_eval_batch_size"}
+_FREE = {
+    "report_to",
+    "logging_steps",
+    "save_steps",
+    "per_device_eval_batch_size",
+    "generation_batch_size",
+}
 # What only a run that goes on needs; it is not published.
 _SCRATCH = ("settings.json", "result.json", "method.json", "search", "training", "arms")
 
