@@ -134,3 +134,13 @@ def plain_peft():
     yield ask
     process.stdin.close()
     process.wait(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Runs commands in children, which may be killed; for tests/reliability."""
+    from forks import Forks
+
+    process = Forks(os.environ.get("RANKWISE_SOURCE"))
+    yield process
+    process.close()

@@ -84,8 +84,8 @@ def test_files_that_cannot_be_read(tmp_path, text):
         path.write_bytes(text)
     elif text is not None:
         path.write_text(text)
-    refused(path, "cannot read the result")
-    refused(tmp_path, "cannot read the result")
+    refused(path, "cannot read")
+    refused(tmp_path, "cannot read")
 
 
 @pytest.mark.parametrize(
@@ -161,4 +161,5 @@ def test_a_value_within_a_field(tmp_path, field, value):
     raw = RESULT.to_dict()
     raw[field]["inner"] = value
     (tmp_path / "metrics.json").write_text(json.dumps(raw))
-    refused(tmp_path / "metrics.json", "'inner'")
+    finite = not isinstance(value, float) or math.isfinite(value)
+    refused(tmp_path / "metrics.json", "'inner'" if finite else "no finite number")

@@ -161,7 +161,7 @@ def test_search_picks_by_one_standard_error_and_says_so(base, tmp_path, capsys):
     allowed = max(values) - found["curve"]["standard_errors"][best]
     picked = 1 + next(i for i, value in enumerate(values) if value >= allowed)
     assert set(RankPlan.load(tmp_path / "out" / "plan.json").ranks.values()) == {picked}
-    assert "every rank, 4 validation rows" in out
+    assert "every rank, on 4 held-out rows" in out
     assert f"picked rank {picked} (one standard error)" in " ".join(err.split())
     assert names(tmp_path / "out")[:2] == [".rankwise", "adapter/README.md"]
 

@@ -30,7 +30,7 @@ def recipe(tmp_path, **changes):
         ({"methods": ["autolroa"]}, r"no method 'autolroa'; did you mean 'autolora'\?"),
         ({"methods": {"a": {"method": "loar"}}}, r"methods.a: no method 'loar'.*'lora'"),
         ({"methods": {"lora": {"lora_alfa": 3}}}, r"no flag of lora 'lora_alfa'.*'lora_alpha'"),
-        ({"methods": {"lora": {"r": "eight"}}}, r"methods.lora: r: 'eight' is no integer"),
+        ({"methods": {"lora": {"r": "eight"}}}, r"methods.lora: r/--lora_r: 'eight' is no integer"),
         ({"methods": {"lora": {"r": 0}}}, r"methods.lora: r is 0"),
         ({"methods": {}}, r"methods is \{\}"),
         ({"tasks": ["mrcp"]}, r"no task 'mrcp'; did you mean 'mrpc'\?"),

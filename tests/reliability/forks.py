@@ -140,6 +140,9 @@ def child(
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
     sys.addaudithook(hook)
+    for asks in (signal.SIGHUP, signal.SIGTERM):  # whatever started the tests may ignore them
+        signal.signal(asks, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from rankwise.cli import main
 
     code = 0

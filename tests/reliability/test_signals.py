@@ -43,7 +43,8 @@ def test_from_the_first_second(tmp_path, number):
     """While libraries are imported: one line, and no promise to go on with nothing."""
     (tmp_path / "rows.jsonl").write_text(ROWS)
     argv = [word.format(model="nowhere") for word in train()]
-    script = "import sys; print('here', flush=True); from rankwise.cli import main; "
+    script = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    script += "print('here', flush=True); from rankwise.cli import main; "
     script += "main(sys.argv[1:])"
     process = subprocess.Popen(
         [sys.executable, "-c", script, *argv],

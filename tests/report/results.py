@@ -59,6 +59,7 @@ def record(
             "machine": {"processor": "P", "cores": 2, "gpu": None, "workers": 1},
             **(about or {}),
         },
+        "resampled": [],
         "verdict": "",
         "controls": [],
     }
