@@ -21,8 +21,8 @@ setup: $(STAMP) ## install everything into .venv (the other targets do so by the
 demo: $(STAMP) ## choose ranks for a small model on a small data set, into runs/demo
 	HF_HUB_OFFLINE=1 $(BIN)/rankwise demo --output_dir runs/demo --overwrite_output_dir $(DEMO_ARGS)
 
-test: $(STAMP) ## run the tests (the quick ones only: make test PYTEST_ARGS="-m 'not slow'")
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+test: $(STAMP) ## run the tests but for the slow ones (those too: make test PYTEST_ARGS="-m ''")
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(PYTEST_ARGS)
 
 attack: $(STAMP) ## kill, fill the disk, feed nonsense, and count (a small one: make attack ATTACK_ARGS="--kills 30")
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/reliability/attack.py $(ATTACK_ARGS)
@@ -36,8 +36,9 @@ format: $(STAMP) ## put imports and code into the format that lint asks for
 	$(BIN)/ruff check --select I --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## measure what a step, a --help and a cut cost
+bench: $(STAMP) ## measure what a step, an order, a --help and a cut cost
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/order_cost.py
 	$(BIN)/python benchmarks/step_cost.py $(BENCH_ARGS)
 
 clean: ## remove .venv, caches and build products (runs/ stays)
