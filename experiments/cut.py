@@ -59,6 +59,7 @@ RESULTS = Path(__file__).parent / "results" / "cut"
 SIZES = (4, 8, 16, 32, 64)
 ORDER_ROWS = 400
 RATES = (1e-3, 3e-3, 1e-2)
+SEVEN = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)
 WHOLE = "all pieces"
 # From scratch: the method, by the name of the arm.
 SCRATCH: dict[str, LoRA | AdaLoRA] = {
@@ -67,7 +68,10 @@ SCRATCH: dict[str, LoRA | AdaLoRA] = {
     "AdaLoRA": AdaLoRA(r=2, lora_alpha=4, target_r=1),
 }
 # Orders whose cuts are trained on, for this share of the steps.
-HEALED = {"by data, healed": "by data", "one threshold on σ, healed": "one threshold on σ"}
+HEALED = {
+    "by data, healed": "by data, seven looks",
+    "one threshold on σ, healed": "one threshold on σ",
+}
 HEAL_SHARE, HEALED_SIZES = 0.1, (8, 16, 32, 64)
 HALFWAY, HALFWAY_SIZES = "by data, half-way", (8, 32)
 
@@ -309,7 +313,7 @@ def halfway(job: Job, steps: int) -> dict[str, Any]:
     trainer, found = trained(job, LoRA(), [StopAt(steps // 2)]), {}
     with tempfile.TemporaryDirectory() as scratch:
         trainer.model.save_pretrained(f"{scratch}/whole")
-        by = ordered("by data", job, trainer, Adapter.load(f"{scratch}/whole"))
+        by = ordered("by data, seven looks", job, trainer, Adapter.load(f"{scratch}/whole"))
         for size in HALFWAY_SIZES:
             small = by.cut(by.adapter.parameters // size)
             small.save(cut := Path(scratch) / f"{size}")
@@ -327,13 +331,13 @@ ORDERS: dict[str, Callable[[Model, Adapter, list[Any], int], Any]] = {
     "by data, one look, gates at 1": lambda model, whole, batches, seed: by_data(
         model, batches, ladder=(), ridge=1e9, seed=seed
     ),
-    "by data, four looks": lambda model, whole, batches, seed: by_data(
-        model, batches, ladder=(1 / 4, 1 / 16, 1 / 64), seed=seed
-    ),
+    "by data, four looks": lambda model, whole, batches, seed: by_data(model, batches, seed=seed),
     "by data, one look": lambda model, whole, batches, seed: by_data(
         model, batches, ladder=(), seed=seed
     ),
-    "by data": lambda model, whole, batches, seed: by_data(model, batches, seed=seed),
+    "by data, seven looks": lambda model, whole, batches, seed: by_data(
+        model, batches, ladder=SEVEN, seed=seed
+    ),
     "random": lambda model, whole, batches, seed: at_random(whole.factors(), seed),
 }
 

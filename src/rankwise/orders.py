@@ -344,7 +344,7 @@ def by_activation(model: Any, batches: Iterable[Batch], **how: Any) -> Order:
 STEP = 4.0
 """The most by which one look may multiply a gate: so far a quadratic model may be trusted."""
 
-LADDER = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)
+LADDER = (1 / 4, 1 / 16, 1 / 64)
 
 
 def by_data(
