@@ -241,6 +241,7 @@ def fill(name: str, seed: int, args: argparse.Namespace) -> None:
         found["arms"][WHOLE] = evaluate(job, trainer)
         if not folder.exists():
             trainer.model.save_pretrained(folder)
+        found["parameters"] = Adapter.load(folder).parameters
     for arm in missing:
         started = time.process_time()
         found["arms"][arm] = run_arm(arm, job, folder, found)

@@ -33,12 +33,8 @@ RESULTS = HERE / "results" / "methods.json"
 PAGE = HERE.parent / "docs" / "methods.md"
 
 # Usual rates by kind: all weights; bottlenecks and LoRA; a few vectors.
-RATES = {
-    "full": 1e-4,
-    **dict.fromkeys(
-        ("prompt", "prefix", "p-tuning", "llama-adapter", "ia3", "dylora-frozen"), 1e-2
-    ),
-}
+VECTORS = ("prefix-tuning", "prompt-tuning", "p-tuning", "llama-adapter", "ia3", "dylora-frozen")
+RATES = {"full": 1e-4} | dict.fromkeys(VECTORS, 1e-2)
 RATE = 1e-3
 FLAGS: dict[str, dict[str, Any]] = {
     "lora-grid": {"ranks": (1, 2, 4, 8)},
