@@ -231,20 +231,21 @@ def draw(found: dict[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.2, 3.9), layout="constrained")
+    figure = Figure(figsize=(7.6, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     shown = [order for order in ORDERS if order != "random"]
     for order in shown:
         values = [found["given_up"][order][name] for name in NAMES]
         width = 2.4 if order == OURS else 1.2
-        axes.plot(SIZES, values, marker="o", markersize=3.5, linewidth=width, label=order)
+        style = "--" if "SVD" in order else "-"  # it lies on the line of the energy
+        axes.plot(SIZES, values, style, marker="o", markersize=3.5, linewidth=width, label=order)
     axes.set_xscale("log", base=2)
     axes.set_xticks(SIZES, [f"1/{size}" for size in SIZES])
     axes.set_xlabel("share of the LoRA parameters that is kept")
     axes.set_ylabel("loss given up")
     axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     axes.set_title(f"one trained LoRA, cut; mean over {len(found['tasks'])} tasks", fontsize=10)
     with temporary_name(path) as temporary:
         figure.savefig(temporary, dpi=130, format="png")
