@@ -41,7 +41,7 @@ def trained(forks, tiny_bert, rows_dir, tmp_path_factory) -> Path:
     return folder / "out"
 
 
-@pytest.mark.parametrize("name", sorted({*ALWAYS, *random.Random(11).sample(sorted(ALL), 16)}))
+@pytest.mark.parametrize("name", sorted({*ALWAYS, *random.Random(11).sample(sorted(ALL), 8)}))
 def test_one_line(forks, tiny_bert, trained, tmp_path, name):
     case, folder = ALL[name], tmp_path / "c"
     argv = prepare(case, folder, tiny_bert, str(trained / "adapter"), str(trained / "plan.json"))

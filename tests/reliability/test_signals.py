@@ -15,7 +15,7 @@ SIGNALS = [signal.SIGTERM, signal.SIGHUP, signal.SIGINT]
 
 @pytest.fixture(scope="module")
 def whole(forks, tiny_bert, tmp_path_factory):
-    """A run that nothing stopped: its flags, folder and file operations."""
+    """A run that nothing stopped: its flags, folder and count of file operations."""
     folder = tmp_path_factory.mktemp("whole")
     (folder / "rows.jsonl").write_text(ROWS)
     rows = str(folder / "rows.jsonl")
@@ -70,7 +70,7 @@ def test_nohup_stays_what_it_is():
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
-@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("share", [0.02, 0.5])
 def test_a_full_disk_is_one_line_and_the_run_goes_on(forks, whole, tmp_path, share):
     argv, folder, operations = whole
     done = forks.run(argv, tmp_path, full_at=max(1, round(operations * share)))
