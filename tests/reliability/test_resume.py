@@ -164,7 +164,7 @@ def test_a_run_that_is_finished_is_said_to_be(forks, base, whole, tmp_path):
 # Flags that act when the training is over
 
 AFTER = {
-    "cut": {"budget", "margin", "sizes", "order_rows"},
+    "cut": {"budget", "margin", "sizes", "order_rows", "heal"},
     "svd": {"rank", "energy", "budget"},
     "random-order": {"rank", "budget"},
     "dylora": {"tolerance", "pick_rank", "budget", "by_layer"},
