@@ -1,10 +1,7 @@
 """The command `rankwise`: one file a subcommand."""
 
 import os
-import signal
 import sys
-
-from rankwise.cli.boundary import explain, fail, let_go, listen
 
 TYPE_CHECKING = False  # typing itself is not imported: `rankwise --help` pays for each import
 if TYPE_CHECKING:
@@ -44,6 +41,9 @@ def main(argv: "Sequence[str] | None" = None) -> None:
 
         print(f"rankwise {version('rankwise')}")
         return
+    # from here on: `--help` need not wait for what signals take to import
+    from rankwise.cli.boundary import explain, fail, let_go, listen, restore
+
     if argv[0] not in COMMANDS:
         fail(f"no command {argv[0]!r}{_meant(argv[0])}; there are {', '.join(COMMANDS)}", 2)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -66,8 +66,7 @@ def main(argv: "Sequence[str] | None" = None) -> None:
             traceback.print_exception(error)
         explain(error, debug)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore(before)
         let_go()
 
 

@@ -38,6 +38,12 @@ def listen() -> "dict[int, Any]":
     return before
 
 
+def restore(before: "dict[int, Any]") -> None:
+    """Gives signals the handlers that `listen` found."""
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def explain(error: BaseException, debug: bool) -> "NoReturn":
     """One line for what stopped a command, and the exit."""
     from rankwise.errors import DivergedError, RankwiseError
@@ -45,6 +51,7 @@ def explain(error: BaseException, debug: bool) -> "NoReturn":
     asked = bool(_asked) or isinstance(error, KeyboardInterrupt)
     if isinstance(error, RankwiseError) and not asked:
         let_go()
+        _end_bars()
         fail(_as_flags(" ".join(str(error).split())), 2)
     _end_bars()
     print(file=sys.stderr)  # what was being written has not ended its line
