@@ -64,7 +64,10 @@ def parse_job(
         Group("data", DataArguments(), unused),
         Group("training" if method else "evaluation", FitArguments(), unused),
         Group("output", OutputArguments(), unused),
-        *(Group((type(part).__doc__ or "").rstrip(".").lower(), part) for part in more),
+        *(
+            Group((type(part).__doc__ or " ").splitlines()[0].rstrip(".").lower(), part)
+            for part in more
+        ),
     ]
     if not name:
         parts = parse(command, description, groups, argv, elsewhere, **defaults)
@@ -81,6 +84,11 @@ def parse_job(
     check_ranges([chosen, *parts])
     check_output(parts[3])
     return [chosen, *parts]
+
+
+def _first_line(part: Any) -> str:
+    """What a group of flags is called: the beginning of its docstring."""
+    return (type(part).__doc__ or " ").splitlines()[0].rstrip(".").lower()
 
 
 def load(

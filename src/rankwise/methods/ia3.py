@@ -44,6 +44,7 @@ class IA3(Method):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("target_modules", "feedforward_modules"):
             value = getattr(self, name)
             object.__setattr__(self, name, tuple(value) if value else None)

@@ -125,7 +125,7 @@ def result_files(paths: Sequence[str | Path]) -> list[Path]:
     for path in map(Path, paths):
         if path.is_dir():
             inside = path / "cells" if (path / "cells").is_dir() else path
-            files = sorted(f for f in inside.glob("*.json") if not f.name.endswith(".plan.json"))
+            files = sorted(f for f in inside.glob("*.json") if not f.name.endswith("plan.json"))
             if not files:
                 raise ResultError(f"no result files in {inside}; give a folder of `compare`")
             found += files
