@@ -112,8 +112,10 @@ def test_two_runs_at_once_give_one_whole_result(forks, tiny_bert, rows_dir, tmp_
     first = forks.start(argv, tmp_path)
     while not (tmp_path / "out.partial" / "training").is_dir():
         time.sleep(0.02)
+    os.kill(first["pid"], signal.SIGSTOP)  # so that it is still at work, however fast it is
     second = forks.run([*argv, "--resume_from_checkpoint"], tmp_path)
     third = forks.run([*argv, "--overwrite_output_dir"], tmp_path)
+    os.kill(first["pid"], signal.SIGCONT)
     assert forks.wait(first).code == 0
     for other in (second, third):
         assert other.code == 2 and "another process" in other.line, other.err
