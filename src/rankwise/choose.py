@@ -183,7 +183,7 @@ def _resampled(
     """
     compute, labels = trainer.compute_metrics, output.label_ids
     if compute is not None and labels is not None:
-        score = (score_rows or _scored_anew(compute, metric))(output)
+        score = (score_rows or scored_anew(compute, metric))(output)
         sample = resampled(score, len(labels[0] if isinstance(labels, tuple) else labels))
         if len(sample):
             return sample
@@ -212,14 +212,14 @@ def interval(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return CONFIDENCE * _spread(np.subtract(ours, theirs))
 
 
-def _scored_anew(compute: Callable[[Any], Mapping[str, float]], metric: str) -> ScoreRows:
+def scored_anew(compute: Callable[[Any], Mapping[str, float]], metric: str) -> ScoreRows:
     """`score_rows` of a metric of which nothing more is known than how it is computed."""
     from transformers import EvalPrediction
 
     def score_rows(output: Any) -> Callable[[np.ndarray], float]:
         def score(rows: np.ndarray) -> float:
             sample = EvalPrediction(
-                take_rows(output.predictions, rows), take_rows(output.label_ids, rows)
+                _take_rows(output.predictions, rows), _take_rows(output.label_ids, rows)
             )
             return _plain(compute(sample)).get(metric, float("nan"))
 
@@ -233,10 +233,10 @@ def _spread(sample: np.ndarray) -> float:
     return float(np.std(finite, ddof=1)) if len(finite) > 1 else 0.0
 
 
-def take_rows(arrays: Any, rows: np.ndarray) -> Any:
+def _take_rows(arrays: Any, rows: np.ndarray) -> Any:
     """Some rows of predictions or labels, which may be several arrays."""
     if isinstance(arrays, tuple):
-        return tuple(take_rows(array, rows) for array in arrays)
+        return tuple(_take_rows(array, rows) for array in arrays)
     return arrays[rows]
 
 

@@ -682,12 +682,19 @@ def evaluate(job: Job, trainer: Trainer) -> dict[str, float]:
     Raises:
         DivergedError: the loss is not finite.
     """
-    return evaluated(job, trainer)["metrics"]
+    return _predicted(job, trainer)[1]
 
 
 def evaluated(job: Job, trainer: Trainer) -> dict[str, Any]:
     """`evaluate`'s metrics, and the main one on resamples of the rows, as a record holds them."""
-    output = trainer.predict(job.evaluation, metric_key_prefix="eval")
+    output, metrics = _predicted(job, trainer)
+    sample = resampled(job.task.score_rows(output), len(job.evaluation))
+    return {"metrics": metrics, "resampled": tuple(round(float(x), 6) for x in sample)}
+
+
+def _predicted(job: Job, trainer: Trainer) -> tuple[Any, dict[str, float]]:
+    """The predictions for the evaluation rows, and what `evaluate` says of them."""
+    output: Any = trainer.predict(job.evaluation, metric_key_prefix="eval")
     raw = output.metrics or {}
     if not math.isfinite(raw["eval_loss"]):
         raise DivergedError(
@@ -696,8 +703,7 @@ def evaluated(job: Job, trainer: Trainer) -> dict[str, Any]:
         )
     names = [name for name in job.task.metrics if f"eval_{name}" in raw]
     metrics = {"loss": raw["eval_loss"]} | {name: float(raw[f"eval_{name}"]) for name in names}
-    sample = resampled(job.task.score_rows(output), len(job.evaluation))
-    return {"metrics": metrics, "resampled": tuple(round(float(x), 6) for x in sample)}
+    return output, metrics
 
 
 def generation(job: Job, model: nn.Module, file: Path, resume: bool) -> dict[str, Any]:

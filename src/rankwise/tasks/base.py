@@ -289,17 +289,9 @@ class Task(ABC):
 
     def score_rows(self, output: EvalPrediction) -> Callable[[np.ndarray], float]:
         """The main metric of any choice of the rows, given their indices; a kind may be quicker."""
-        from transformers import EvalPrediction
+        from rankwise.choose import scored_anew
 
-        from rankwise.choose import take_rows
-
-        def score(rows: np.ndarray) -> float:
-            sample = EvalPrediction(
-                take_rows(output.predictions, rows), take_rows(output.label_ids, rows)
-            )
-            return self.measure(sample)[self.main_metric]
-
-        return score
+        return scored_anew(self.measure, self.main_metric)(output)
 
     def floor(self, train: Dataset, rows: Dataset) -> dict[str, float]:
         """A slot: the metrics on encoded rows of a model that looks at no text, as far as known.
