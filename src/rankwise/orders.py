@@ -9,7 +9,6 @@ once others are gone, so that those that stay take over what they can.
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import re
@@ -28,6 +27,7 @@ from torch import Tensor
 from rankwise.adapter import ORDER, Adapter, Factors, svd
 from rankwise.errors import AdapterError, DataError
 from rankwise.files import temporary_name, write_json
+from rankwise.reading import parse_json
 
 # `curvature` needs PEFT and transformers, which a cut out of a folder does not wait for: it is
 # imported where a model is looked at.
@@ -185,7 +185,7 @@ class Order:
         """
         folder = Path(folder)
         try:
-            raw = json.loads((folder / SEQUENCE).read_text(encoding="utf-8"))
+            raw = parse_json((folder / SEQUENCE).read_text(encoding="utf-8"))
             if raw["format"] != FORMAT:
                 raise ValueError(f'"format" is {raw["format"]!r}, not {FORMAT!r}')
             tensors = load_file(folder / PIECES)

@@ -1,10 +1,10 @@
 """`load` and `predict`: a finished run, or any LoRA adapter, ready to use."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rankwise.adapter import CONFIG, Adapter, adapter_folder
+from rankwise.adapter import CONFIG, Adapter
+from rankwise.beside import TASK, find_product, read_object, task_of, text_of
 from rankwise.errors import DataError, ModelError
 
 _LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, AttributeError)
@@ -34,7 +34,8 @@ def load(
         >>> model(**tokenizer("a fine film", return_tensors="pt")).logits.argmax()
         tensor(1)
     """
-    where, about = find(folder)
+    where = find_product(folder)
+    about = read_object(where / TASK)
     if about:
         return _of_task(where, about, model_name_or_path, gguf_file)
     from peft import PeftModel
@@ -54,21 +55,6 @@ def load(
     return Loaded(model, tokenizer)
 
 
-def find(folder: str | Path) -> tuple[Path, dict[str, Any]]:
-    """What a method handed over, and what its task was; {} for an adapter of someone else's.
-
-    Raises:
-        AdapterError: neither there.
-    """
-    from rankwise.methods import METHODS
-
-    products = dict.fromkeys(method.product for method in METHODS.values())
-    for where in (Path(folder), *(Path(folder) / name for name in products)):
-        if (where / "task.json").is_file():
-            return where, json.loads((where / "task.json").read_text(encoding="utf-8"))
-    return adapter_folder(folder, "adapter"), {}
-
-
 def _of_task(
     where: Path, about: dict[str, Any], model_name_or_path: str | None, gguf_file: str | None
 ) -> Loaded:
@@ -76,13 +62,15 @@ def _of_task(
     from rankwise.methods import by_name, from_description
 
     method = from_description(about["method"]) if "method" in about else by_name("lora")
-    task = tasks.from_description(about)
-    config = json.loads((where / CONFIG).read_text()) if (where / CONFIG).is_file() else {}
-    name = model_name_or_path or about.get("base") or config.get("base_model_name_or_path")
+    task = task_of(about, where / TASK)
+    config = read_object(where / CONFIG)
+    name = (
+        model_name_or_path or text_of(about, "base") or text_of(config, "base_model_name_or_path")
+    )
     if not name:
         raise ModelError(f"{where} does not say its base model; give model_name_or_path")
-    file = gguf_file or about.get("gguf_file")
-    revision = None if model_name_or_path else config.get("revision")
+    file = gguf_file or text_of(about, "gguf_file")
+    revision = None if model_name_or_path else text_of(config, "revision")
     own = (where / "tokenizer_config.json").is_file()
     tokenizer = (
         tasks.load_tokenizer(where)
@@ -125,16 +113,16 @@ def predict(
         >>> rankwise.predict("runs/first", ["a fine film"])
         [{'label': 'good', 'probability': 0.981}]
     """
-    from rankwise import tasks
     from rankwise.tasks.files import read_file, read_rows
 
-    where, about = find(folder)
+    where = find_product(folder)
+    about = read_object(where / TASK)
     if not about:
         raise DataError(
             f"{where} has no task.json, so what it predicts is not known; take rankwise.load, or a "
             "folder that rankwise run or fit wrote"
         )
-    task = tasks.from_description(about)
+    task = task_of(about, where / TASK)
     if isinstance(data, list) and data and all(isinstance(text, str) for text in data):
         name = "prompt" if task.text_columns == ("messages",) else task.text_columns[0]
         data = [{name: text} for text in data]
@@ -151,7 +139,7 @@ def predict(
         model,
         tokenizer,
         rows,
-        max_length=about.get("max_length", 128),
+        max_length=about["max_length"],
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
     )

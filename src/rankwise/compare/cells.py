@@ -18,6 +18,7 @@ from rankwise.cli.arguments import DataArguments, FitArguments, ModelArguments
 from rankwise.compare.recipe import MethodEntry, Recipe, TaskEntry
 from rankwise.errors import ResultError
 from rankwise.files import write_json
+from rankwise.reading import read_json
 from rankwise.result import Result
 
 FAILURE = "rankwise-failure/1"
@@ -206,10 +207,7 @@ def read_cell(path: Path) -> Result | Failure | None:
     """
     if not path.is_file():
         return None
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ResultError(f"cannot read {path}: {error}") from error
+    raw = read_json(path, ResultError)
     if not isinstance(raw, dict) or raw.get("schema") != FAILURE:
         return Result.load(path)
     kinds = {"cell": dict, "error": str, "again": bool}

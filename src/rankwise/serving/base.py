@@ -1,11 +1,11 @@
 """The base model of an adapter: found by its config, loaded, or built without weights."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rankwise.adapter import Adapter
+from rankwise.beside import TASK, read_object, text_of
 from rankwise.errors import ModelError
 
 AUTO = {
@@ -111,8 +111,8 @@ def base_of(
     name = model_name_or_path or config.get("base_model_name_or_path")
     if not name:
         raise ModelError("the adapter's config names no base model; give --model_name_or_path")
-    if gguf_file is None and folder is not None and (Path(folder) / "task.json").is_file():
-        gguf_file = json.loads((Path(folder) / "task.json").read_text()).get("gguf_file")
+    if gguf_file is None and folder is not None:
+        gguf_file = text_of(read_object(Path(folder) / TASK), "gguf_file")
     labels = [
         tensor.shape[0]
         for key, tensor in adapter.weights.items()

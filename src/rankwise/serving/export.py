@@ -1,6 +1,5 @@
 """`export`: an adapter in the form that an engine takes, its function unchanged."""
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from rankwise.adapter import CONFIG, WEIGHTS, Adapter, Factors, adapter_folder, 
 from rankwise.errors import AdapterError, ExportError, OutputError
 from rankwise.files import replace_folder, write_json, write_text
 from rankwise.plan import exact_targets
+from rankwise.reading import read_json
 from rankwise.serving.base import Base, base_of
 from rankwise.serving.engines import Engine
 from rankwise.serving.engines import engine as engine_of
@@ -391,7 +391,7 @@ def load_exported(folder: Path, base: Base | None, like: Adapter) -> Adapter:
 def _read_mlx(folder: Path) -> dict[str, Factors]:
     from safetensors.torch import load_file
 
-    about = json.loads((folder / CONFIG).read_text())["lora_parameters"]
+    about = read_json(folder / CONFIG, AdapterError)["lora_parameters"]
     there = load_file(folder / MLX)
     names = [key.removesuffix(".lora_a") for key in there if key.endswith(".lora_a")]
     found = {}

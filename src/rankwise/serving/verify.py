@@ -1,7 +1,6 @@
 """`verify`: whether an export computes what its adapter does: by rules, in PEFT, in llama.cpp."""
 
 import importlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rankwise.adapter import Adapter, Factors, adapter_folder
+from rankwise.beside import read_object
 from rankwise.errors import AdapterError, ExportError, ModelError
 from rankwise.serving.base import Base, base_of
 from rankwise.serving.engines import Engine
@@ -104,8 +104,8 @@ def verify(
 
 
 def _recorded(folder: Path) -> str:
-    file = folder / RECORD
-    return json.loads(file.read_text())["to"] if file.is_file() else "peft"
+    about = read_object(folder / RECORD)
+    return about["to"] if about else "peft"
 
 
 def by_rules(engine: Engine, written: Adapter, given: Adapter) -> Check:

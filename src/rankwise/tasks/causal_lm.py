@@ -127,15 +127,13 @@ class CausalLM(Task):
         """
         import torch
 
+        from rankwise.decoding import left_padded
+
         every = self.prompts(tokenizer, rows)
+        pad = tokenizer.pad_token_id or 0
         found = []
         for start in range(0, len(every), batch_size):
-            ids = every[start : start + batch_size]
-            longest = max(map(len, ids))
-            width = [longest - len(row) for row in ids]
-            pad = tokenizer.pad_token_id or 0
-            inputs = torch.tensor([[pad] * w + row for w, row in zip(width, ids, strict=True)])
-            mask = torch.tensor([[0] * w + [1] * len(r) for w, r in zip(width, ids, strict=True)])
+            inputs, mask = left_padded(every[start : start + batch_size], pad)
             with torch.no_grad():
                 out = model.eval().generate(
                     input_ids=inputs.to(model.device),
@@ -144,7 +142,7 @@ class CausalLM(Task):
                     do_sample=False,
                     pad_token_id=pad,
                 )
-            texts = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+            texts = tokenizer.batch_decode(out[:, inputs.shape[1] :], skip_special_tokens=True)
             found += [{"completion": text} for text in texts]
         return found
 
