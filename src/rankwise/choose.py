@@ -4,7 +4,6 @@ For every method whose one training gives several sizes. Two sizes are compared 
 same rows: what counts is the standard error of the difference, not that of each.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ import numpy as np
 
 from rankwise.errors import DivergedError, PlanError, RankwiseError
 from rankwise.plan import RankPlan, within_budget
+from rankwise.reading import as_json
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -77,7 +77,7 @@ class Curve:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it: lists for tuples."""
-        return json.loads(json.dumps(asdict(self)))
+        return as_json(asdict(self))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "Curve":

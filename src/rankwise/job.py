@@ -4,7 +4,6 @@ Works in stages beside the output folder. A stage that a stopped run had finishe
 and one that it was in goes on from its last checkpoint.
 """
 
-import json
 import math
 import shutil
 import time
@@ -38,7 +37,7 @@ from rankwise.files import release, write_json
 from rankwise.lora import swap_adapter
 from rankwise.methods import DEFAULT, Kept, LoRA, Method, by_name
 from rankwise.plan import RankPlan
-from rankwise.reading import read_json
+from rankwise.reading import as_json, read_json
 from rankwise.report.memory import Peak, peak_memory
 from rankwise.result import Result
 from rankwise.rows import TwoSets, fingerprint, two_sets
@@ -439,7 +438,7 @@ def run_method(
     done = folder / "result.json"
     if _go_on(method, folder) and done.is_file():
         found = Result.load(done)
-        if found.method == _plain(method.describe()):
+        if found.method == as_json(method.describe()):
             return found
         done.unlink()  # flags that act after training have changed: that much is done again
     job = job if rows is None else replace(job, train=rows)
@@ -460,7 +459,7 @@ def _go_on(method: Method, folder: Path) -> bool:
 
     A control at another size, say, because the method beside it now hands over another one.
     """
-    file, now = folder / "method.json", _plain(method.trained_by())
+    file, now = folder / "method.json", as_json(method.trained_by())
     if file.is_file() and read_json(file) == now:
         return True
     for name in ("result.json", "plan.json"):
@@ -469,11 +468,6 @@ def _go_on(method: Method, folder: Path) -> bool:
         shutil.rmtree(folder / name, ignore_errors=True)
     write_json(file, now)
     return False
-
-
-def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
-    return json.loads(json.dumps(value))
 
 
 def choose_stage(
@@ -614,10 +608,9 @@ def describe_adapter(job: Job, folder: Path, method: Method) -> None:
     """Writes beside an adapter what its task was, for `rankwise evaluate`."""
     about = job.task.describe() | {"max_length": job.max_length, "method": method.describe()}
     about["gguf_file"] = job.source.gguf_file
-    if not Path(
-        job.source.name_or_path
-    ).exists():  # of a folder, PEFT's own config alone says where
-        about["base"] = job.source.name_or_path
+    base = job.source.name_or_path
+    if not Path(base).exists():  # of a folder, PEFT's own config alone says where
+        about["base"] = base
     write_json(folder / "task.json", about)
     if folder.name == method.product:
         job.tokenizer.save_pretrained(str(folder))
@@ -630,9 +623,8 @@ def _record(
     job, plan = found["job"], found["plan"]
     if plan is not None:
         plan.save(folder / "plan.json")
-        plan.save(
-            folder / method.product / "plan.json"
-        )  # beside the weights, for whoever gets them
+        # beside the weights too, for whoever gets those alone
+        plan.save(folder / method.product / "plan.json")
     if method.anew:
         found["cost"] |= {k: v for k, v in searched.items() if k.startswith("search_")}
         found |= {"curve": searched["curve"], "figures": searched["figures"]}

@@ -62,6 +62,11 @@ def parse_json(text: str, finite: bool = True) -> Any:
     return value
 
 
+def as_json(value: Any) -> Any:
+    """A value as a JSON file would give it back: lists for tuples, texts for keys."""
+    return json.loads(json.dumps(value))
+
+
 def read_json(path: str | Path, error: type[RankwiseError] = RankwiseError) -> Any:
     """The value in a JSON file.
 

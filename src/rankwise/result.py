@@ -1,6 +1,5 @@
 """The one result record: what a run, a grid's cell, a card and a report read and write."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -9,7 +8,7 @@ from typing import Any
 
 from rankwise.errors import ResultError
 from rankwise.files import write_json
-from rankwise.reading import read_json
+from rankwise.reading import as_json, read_json
 
 SCHEMA = "rankwise-result/1"
 
@@ -63,7 +62,7 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it, its schema first."""
-        plain = json.loads(json.dumps(asdict(self) | {"controls": []}))
+        plain = as_json(asdict(self) | {"controls": []})
         return {"schema": SCHEMA, **plain, "controls": [c.to_dict() for c in self.controls]}
 
     def save(self, path: str | Path) -> None:

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from rankwise.errors import DataError
 
@@ -83,13 +84,19 @@ def _select(dataset: Any, rows: list[int]) -> Any:
     return dataset.select(rows) if isinstance(dataset, Dataset) else Subset(dataset, rows)
 
 
+# A run asks for those of the same rows in every stage and arm. A `datasets.Dataset` never changes.
+_known: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+
+
 def fingerprint(dataset: Any) -> str | None:
     """sha256 over the rows of a `datasets.Dataset`, in order; None for any other dataset."""
     from datasets import Dataset
 
     if not isinstance(dataset, Dataset):
         return None
-    digest = sha256()
-    for row in dataset.with_format(None):
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
+    if dataset not in _known:
+        digest = sha256()
+        for row in dataset.with_format(None):
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+        _known[dataset] = digest.hexdigest()
+    return _known[dataset]

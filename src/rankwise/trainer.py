@@ -2,7 +2,6 @@
 
 import gc
 import inspect
-import json
 import os
 import shutil
 import sys
@@ -29,7 +28,7 @@ from transformers.utils import logging
 
 from rankwise.errors import CheckpointError, DivergedError, RankwiseError
 from rankwise.files import write_json
-from rankwise.reading import read_json
+from rankwise.reading import as_json, read_json
 
 FEW_BATCHES = 8  # too few for the standard error of a mean over batches
 
@@ -338,7 +337,7 @@ def find_checkpoint(
             saved = read_json(path / "search.json")
         except RankwiseError as error:
             raise CheckpointError(f"{path} is not a checkpoint of a search: {error}") from error
-        _same_configuration(path, saved, json.loads(json.dumps(dict(configuration))))
+        _same_configuration(path, saved, as_json(dict(configuration)))
     return str(path)
 
 

@@ -4,7 +4,6 @@ Optuna proposes, its journal on disk remembers: several processes share one sear
 was killed is gone on with. A trial that falls behind the others' median is stopped early.
 """
 
-import json
 import math
 import shutil
 import time
@@ -20,6 +19,7 @@ from transformers import TrainerCallback
 from rankwise.errors import DivergedError, OutputError, PlanError, RankwiseError
 from rankwise.job import Job, run_method
 from rankwise.methods import Method
+from rankwise.reading import as_json
 from rankwise.rows import hold_out
 from rankwise.trainer import replaced
 
@@ -108,7 +108,7 @@ def _study(method: Method, job: Job, folder: Path, rates: tuple[float, float]) -
         ) from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     folder.mkdir(parents=True, exist_ok=True)
-    about = json.loads(json.dumps(_about(method, job, rates)))
+    about = as_json(_about(method, job, rates))
     with FileLock(folder / "study.lock"):
         study = optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(folder / "journal.log"))),

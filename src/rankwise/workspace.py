@@ -19,7 +19,7 @@ from rankwise.files import (
     replace_folder,
     write_json,
 )
-from rankwise.reading import read_json
+from rankwise.reading import as_json, read_json
 
 # Of a run's settings, those that a stopped run may go on without.
 _FREE = {
@@ -196,7 +196,7 @@ def _check_settings(work: Path, settings: dict[str, Any]) -> None:
         saved = read_json(work / "settings.json")
     except RankwiseError as error:
         raise CheckpointError(f"{error}; start over with --overwrite_output_dir") from error
-    now = json.loads(json.dumps(settings))
+    now = as_json(settings)
     before, after = saved.pop("rests_on", {}), now.pop("rests_on", {})
     for part in (saved, now):
         part.pop("after", None)

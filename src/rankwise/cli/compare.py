@@ -87,21 +87,21 @@ def _list(cells: "Sequence[Cell]", folder: Path, given: CompareArguments) -> Non
 
 
 def _snakefile(cells: "Sequence[Cell]", folder: Path, given: CompareArguments) -> None:
-    from rankwise.cli.progress import console
+    from rankwise.cli.show import say
     from rankwise.compare.snakefile import write_snakefile
 
     folder.mkdir(parents=True, exist_ok=True)
     line = command(given, absolute=True)
     write_snakefile(folder / "Snakefile", cells, line, given.threads or 1)
-    console.print(f"{len(cells)} cells in {folder / 'Snakefile'}; in that folder:", highlight=False)
-    console.print("  snakemake --cores all --keep-going", highlight=False)
+    say(f"{len(cells)} cells in {folder / 'Snakefile'}; in that folder:")
+    say("  snakemake --cores all --keep-going")
 
 
 def _estimate(recipe: "Recipe", cells: "Sequence[Cell]", folder: Path, steps: int) -> None:
     """Prints what each method on each task would take, and writes estimate.json."""
     from dataclasses import asdict
 
-    from rankwise.cli.progress import console, escape
+    from rankwise.cli.show import say
     from rankwise.compare.estimate import Estimate, estimates
     from rankwise.compare.execute import machine
     from rankwise.files import write_json
@@ -109,10 +109,10 @@ def _estimate(recipe: "Recipe", cells: "Sequence[Cell]", folder: Path, steps: in
     def show(found: Estimate) -> None:
         name = f"{found.method} on {found.task}"
         if found.error:
-            console.print(f"{escape(name)}: {escape(found.error)}", highlight=False)
+            say(f"{name}: {found.error}")
             return
         figures = f"{found.cells} cells, {found.seconds:.2f} s a step, {found.gib:.1f} GiB"
-        console.print(f"{escape(name)}: {found.hours:.2f} h ({figures})", highlight=False)
+        say(f"{name}: {found.hours:.2f} h ({figures})")
 
     found = estimates(recipe, cells, steps, show)
     worked = [estimate for estimate in found if not estimate.error]
@@ -120,7 +120,7 @@ def _estimate(recipe: "Recipe", cells: "Sequence[Cell]", folder: Path, steps: in
     plain = [{k: None if v != v else v for k, v in asdict(estimate).items()} for estimate in found]
     about = {"recipe": recipe.path.name, "steps": steps, "hours": hours, "machine": machine(1)}
     write_json(folder / "estimate.json", about | {"estimates": plain})
-    console.print(f"{hours:.1f} h in all, one cell at a time; in {folder / 'estimate.json'}")
+    say(f"{hours:.1f} h in all, one cell at a time; in {folder / 'estimate.json'}")
     if len(worked) < len(found):
         raise RankwiseError(f"{len(found) - len(worked)} of {len(found)} could not be run")
 
@@ -180,14 +180,14 @@ def _all(recipe: "Recipe", cells: "Sequence[Cell]", folder: Path, given: Compare
 
 
 def _say(grid: "Grid", folder: Path, given: CompareArguments) -> None:
-    from rankwise.cli.progress import console, escape
+    from rankwise.cli.show import say
 
     for name, failure in grid.failed.items():
-        console.print(f"failed: {name}: {escape(failure.error)}", highlight=False)
+        say(f"failed: {name}: {failure.error}")
     if grid.blocked:
-        console.print(f"not begun, for what they wait for broke down: {len(grid.blocked)}")
-    console.print(f"{len(grid.done)} of {len(grid.cells)} cells are in {folder / 'cells'}")
-    console.print(f"  rankwise report {folder}", highlight=False)
+        say(f"not begun, for what they wait for broke down: {len(grid.blocked)}")
+    say(f"{len(grid.done)} of {len(grid.cells)} cells are in {folder / 'cells'}")
+    say(f"  rankwise report {folder}")
     broke = any(not failure.again for failure in grid.failed.values())
     if broke or any(grid.cells[name].held_out is None for name in grid.failed):
         raise SystemExit(1)

@@ -61,20 +61,13 @@ def main(argv: Sequence[str]) -> None:
         dtype=base.dtype,
         max_shard_size=to.max_shard_size,
     )
-    from rich.console import Console
+    from rankwise.cli.show import say
 
     rank = "" if done.rank is None else f", rank {done.rank}"
-    console = Console(stderr=True)
-    console.print(
+    say(
         f"{done.bytes_before:,} -> {done.bytes_after:,} bytes{rank}, for {done.engine} in "
-        f"{done.folder}",
-        soft_wrap=True,
-        highlight=False,
+        f"{done.folder}"
     )
     if done.start:
-        console.print(f"  start it with: {done.start}", soft_wrap=True, highlight=False)
-    console.print(
-        f"  prove it: rankwise verify {done.folder} --against {adapter}",
-        soft_wrap=True,
-        highlight=False,
-    )
+        say(f"  start it with: {done.start}")
+    say(f"  prove it: rankwise verify {done.folder} --against {adapter}")

@@ -18,7 +18,7 @@ from rankwise.cli.arguments import DataArguments, FitArguments, ModelArguments
 from rankwise.compare.recipe import MethodEntry, Recipe, TaskEntry
 from rankwise.errors import ResultError
 from rankwise.files import write_json
-from rankwise.reading import read_json
+from rankwise.reading import as_json, read_json
 from rankwise.result import Result
 
 FAILURE = "rankwise-failure/1"
@@ -132,7 +132,7 @@ def _cell(
         "held_out": held_out,
         "size_of": size_of,
     }
-    spec = json.loads(json.dumps(spec))
+    spec = as_json(spec)
     parts = [task.label, method.label, f"seed{seed}"]
     parts += [f"rate{rates[0]:g}"] if held_out is not None else []
     name = "-".join([*(sub(r"[^\w.]+", "_", part)[:60] for part in parts), digest(spec)])
