@@ -173,13 +173,11 @@ class CutByData(LoraMethod):
             small.save(Path(folder) / "cut")
             swap_adapter(trainer, Path(folder) / "cut", trainable=True)
         again = FiniteTrainer(trainer.model, args, train_dataset=setting.train, **setting.options)
-        scores = []
-        for turn in (lambda: None, again.train):
-            turn()
-            scores.append(again.evaluate(rows)[f"eval_{setting.metric}"])
-        sign = 1 if setting.greater_is_better else -1
-        kept = sign * (scores[1] - scores[0]) > 0
-        about = {"steps": steps, "metric": setting.metric, "before": scores[0], "after": scores[1]}
+        before = again.evaluate(rows)[f"eval_{setting.metric}"]
+        again.train()
+        after = again.evaluate(rows)[f"eval_{setting.metric}"]
+        kept = after > before if setting.greater_is_better else after < before
+        about = {"steps": steps, "metric": setting.metric, "before": before, "after": after}
         return (Adapter.of(trainer.model) if kept else small), about | {"kept": kept}
 
     def cuts(self, ordered: "Ordered") -> dict[int, "Adapter"]:
