@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankwise.adapter import adapter_folder
 from rankwise.errors import ModelError
 from rankwise.reading import read_json
 
@@ -19,6 +18,7 @@ def find_product(path: str | Path) -> Path:
     Raises:
         AdapterError: neither, nor an adapter of someone else's.
     """
+    from rankwise.adapter import adapter_folder  # needs torch, which `evaluate --help` does not
     from rankwise.methods import METHODS
 
     products = dict.fromkeys(method.product for method in METHODS.values())
