@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from rankwise.cli.demo import MODEL_PACKAGE, package_folder
 from rankwise.files import write_json
-from rankwise.orders import LADDER, by_data
+from rankwise.surgeon import LADDER, by_data
 
 RESULT = Path(__file__).parent / "results" / "order_cost.json"
 ROWS, BATCH, TOKENS, STEPS = 400, 32, 64, 4

@@ -43,16 +43,9 @@ from rankwise.job import Job, Source, evaluate, load_job
 from rankwise.lora import swap_adapter
 from rankwise.methods import AdaLoRA, LoRA, Setting
 from rankwise.methods.base import LoraMethod
-from rankwise.orders import (
-    Ordered,
-    at_random,
-    by_activation,
-    by_data,
-    by_energy,
-    by_rank,
-    by_sigma,
-)
+from rankwise.orders import Ordered, at_random, by_energy, by_rank, by_sigma
 from rankwise.rows import TwoSets, hold_out
+from rankwise.surgeon import by_activation, by_data
 from rankwise.trainer import FiniteTrainer, replaced, run_training
 
 RESULTS = Path(__file__).parent / "results" / "cut"

@@ -118,6 +118,7 @@ def test_no_method_is_asked_for_by_its_class():
         ("import rankwise.methods", "torch transformers peft datasets numpy"),
         ("import rankwise.adapter", "transformers peft datasets"),
         ("import rankwise.orders", "transformers peft datasets"),
+        ("import rankwise.surgeon", "transformers peft datasets"),
         ("import rankwise.tasks", "torch transformers peft datasets"),
     ],
 )

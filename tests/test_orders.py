@@ -12,20 +12,14 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from families import FAMILIES, LENGTH, family, rows, without_dropout
-from rankwise import curvature
-from rankwise import orders as orders
+from rankwise import curvature, orders, surgeon
 from rankwise.adapter import Factors
 from rankwise.curvature import collect, halfway, kind_of, loss_of, read, roots, write
 from rankwise.errors import AdapterError, DataError, DivergedError, ModelError
-from rankwise.orders import (
-    Order,
-    at_random,
+from rankwise.orders import Order, at_random, by_energy, by_index, by_rank, by_sigma
+from rankwise.surgeon import (
     by_activation,
     by_data,
-    by_energy,
-    by_index,
-    by_rank,
-    by_sigma,
     cut_in_rounds,
     gate_gradients,
     quadratic,
@@ -710,5 +704,5 @@ def test_the_mask_is_of_this_length():
     """The batches above have the padding that the tests count on."""
     assert batches()[0]["attention_mask"].sum(1).tolist()[:2] == [LENGTH - 2, LENGTH]
     assert AutoModelForSequenceClassification is family("bert-classification").auto
-    assert orders.LEAST_ROWS <= 40
+    assert surgeon.LEAST_ROWS <= 40
     assert gate_gradients(torch.ones(2, 1, 1), torch.ones(1, 1), torch.ones(1, 1)).shape == (2, 1)

@@ -30,12 +30,13 @@ _HOMES = {
     "rankwise.gate": ("attach", "bake"),
     "rankwise.lora": ("build", "check", "uniform"),
     "rankwise.nested": ("curve", "load_nested", "size_loss"),
-    "rankwise.orders": ("Order", "Ordered", "order"),
+    "rankwise.orders": ("Order", "Ordered"),
     "rankwise.plan": ("Entry", "RankPlan"),
     "rankwise.predicting": ("load", "predict"),
     "rankwise.result": ("Result",),
     "rankwise.serving.export": ("Export", "export"),
     "rankwise.serving.verify": ("verify",),
+    "rankwise.surgeon": ("order",),
     "rankwise.training": ("search", "train"),
 }
 _NAMES = {name: home for home, names in _HOMES.items() for name in names}

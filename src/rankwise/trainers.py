@@ -9,7 +9,8 @@ from transformers import Trainer, TrainerCallback
 from rankwise.batches import batches_of, labelled
 from rankwise.errors import AdapterError, DataError
 from rankwise.files import replace_folder
-from rankwise.orders import Ordered, order
+from rankwise.orders import Ordered
+from rankwise.surgeon import order
 
 
 class CutAtEnd(TrainerCallback):

@@ -178,7 +178,8 @@ def serve() -> None:
     import rankwise.cli.show
     import rankwise.cli.train
     import rankwise.job
-    import rankwise.orders  # noqa: F401
+    import rankwise.orders
+    import rankwise.surgeon  # noqa: F401
 
     logs = tempfile.mkdtemp()
     answers = os.dup(1)

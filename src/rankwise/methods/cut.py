@@ -1,7 +1,7 @@
 """LoRA, cut after training to the smallest size that held-out rows call as good.
 
 One training; then an order of all its rank-1 pieces by what some held-out rows say
-(`rankwise.orders`), the quality of several sizes on other rows (`rankwise.choose`), and the
+(`rankwise.surgeon`), the quality of several sizes on other rows (`rankwise.choose`), and the
 smallest that is as good. Every other size is a cut of the same order.
 """
 
@@ -121,7 +121,7 @@ class CutByData(LoraMethod):
     def keep(self, trainer: Any, plan: "RankPlan | None", setting: Setting) -> Kept:
         from rankwise.batches import batches_of
         from rankwise.choose import default_margin, smallest_as_good
-        from rankwise.orders import order
+        from rankwise.surgeon import order
 
         assert plan is not None
         rows = self.halves(setting)
