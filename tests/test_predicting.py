@@ -1,5 +1,6 @@
 """Rows in memory, a finished run loaded again, and what it says of new rows."""
 
+import csv
 import json
 
 import pandas
@@ -135,6 +136,25 @@ def test_the_command_line_writes_a_prediction_a_row(finished, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(f"predict --adapter {finished} --input_file {file} --output_file {file}".split())
     assert "exists; give a new --output_file" in capsys.readouterr().err
+
+
+def test_the_name_of_the_output_file_says_its_form(finished, tmp_path, capsys):
+    from rankwise.cli import main
+
+    texts = ["a fine, merry film", "dull"]
+    file = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts])
+    command = f"predict --adapter {finished} --input_file {file} --output_file {tmp_path}"
+    main(f"{command}/o.csv".split())
+    with (tmp_path / "o.csv").open(newline="", encoding="utf-8") as lines:
+        found = list(csv.DictReader(lines))
+    expected = rankwise.predict(finished, texts)
+    assert [row["label"] for row in found] == [row["label"] for row in expected]
+    assert [float(row["probability"]) for row in found] == pytest.approx(
+        [row["probability"] for row in expected], abs=1e-3
+    )
+    with pytest.raises(SystemExit):
+        main(f"{command}/o.xlsx".split())
+    assert "it has to end in .jsonl or .csv" in capsys.readouterr().err
 
 
 def test_tags_are_by_word_and_scores_are_numbers(tiny_bert, tmp_path):
