@@ -18,7 +18,7 @@ from rankwise.serving.engines import ENGINES, LLAMA_LIKE
 from rankwise.serving.gguf_file import permuted, read_gguf, unpermuted
 from rankwise.serving.reader import distance, read_as
 
-SERVED = ("peft", "vllm", "sglang", "tgi", "lorax")
+SERVED = ("peft", "vllm", "sglang", "tgi", "lorax", "tensorrt-llm")
 ALL = (*SERVED, "llama.cpp", "ollama", "mlx")
 
 # Ranks and alphas by layer, one type of module missing in one layer each: what a cut looks like.
@@ -227,6 +227,21 @@ def test_a_head_goes_to_the_engines_that_load_it_and_is_refused_by_others(tmp_pa
         got = plain_peft(*ask, tmp_path / folder, inputs, tmp_path)["logits"]
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
         assert all(c.passed for c in rankwise.verify(tmp_path / folder, tmp_path / "adapter"))
+
+
+def test_what_the_adapter_changes_is_the_same_at_every_look(base, tmp_path):
+    """The head lies in the adapter and the base has none, so that of the plain base is drawn."""
+    model = get_peft_model(
+        family("llama-classification").auto.from_pretrained(base),
+        LoraConfig(target_modules=["q_proj"], task_type="SEQ_CLS", init_lora_weights=False),
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    rankwise.export(tmp_path / "adapter", "vllm", tmp_path / "out")
+    first, second = (
+        [check.says for check in rankwise.verify(tmp_path / "out", tmp_path / "adapter")]
+        for _ in range(2)
+    )
+    assert "logits; the adapter changes them" in first[1] and first == second
 
 
 def test_what_is_wrong_is_said_in_one_line(base, adapter, tmp_path):

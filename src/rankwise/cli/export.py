@@ -12,7 +12,8 @@ class ExportArguments:
     """To which engine, and where to."""
 
     to: str | None = flag(
-        None, "vllm, sglang, tgi, lorax, llama.cpp, ollama, mlx, peft, or merged for whole weights"
+        None,
+        "vllm, sglang, tgi, lorax, tensorrt-llm, llama.cpp, ollama, mlx, peft, or merged",
     )
     output_dir: str | None = flag(None, "a new folder")
     rank: int | None = flag(None, "pad to at least this rank; without it, to the adapter's largest")

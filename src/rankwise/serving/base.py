@@ -68,7 +68,7 @@ class Base:
             return self.auto.from_config(self.config())
 
     def model(self, dtype: str | None = "float32") -> Any:
-        """The base model with its weights.
+        """The base model with its weights; a head that the files lack is drawn with seed 0.
 
         Args:
             dtype: of the weights; None is that of the files.
@@ -83,8 +83,12 @@ class Base:
             options["dtype"] = dtype or "float32"
             if hasattr(transformers, "GgufConfig"):
                 options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        import torch
+
         try:
-            return self.auto.from_pretrained(self.name_or_path, **self.where, **options).eval()
+            with torch.random.fork_rng(devices=[]):  # so that figures are the same every time
+                torch.manual_seed(0)
+                return self.auto.from_pretrained(self.name_or_path, **self.where, **options).eval()
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ModelError(
                 f"cannot load the base model {self.name_or_path!r}: {str(error).splitlines()[0]}"

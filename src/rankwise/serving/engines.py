@@ -132,6 +132,12 @@ ENGINES = {
             start="--adapter-source local",
         ),
         Engine(
+            "tensorrt-llm",
+            "TensorRT-LLM 007e181b, tensorrt_llm/lora_manager.py",
+            scale="alpha/shape",
+            start="max_lora_rank={r} in its LoraConfig, or trtllm-build --max_lora_rank {r}",
+        ),
+        Engine(
             "llama.cpp",
             "llama.cpp 215841fc, src/llama-adapter.h; 0b03adaa, convert_lora_to_gguf.py",
             form="gguf",

@@ -68,7 +68,7 @@ def export(
     Args:
         adapter: folder of a PEFT LoRA adapter of any kind of ranks, or of a run that made one.
         to: a name from `rankwise.serving.engines.ENGINES`: peft, vllm, sglang, tgi, lorax,
-            llama.cpp, ollama, mlx, or merged for the whole model.
+            tensorrt-llm, llama.cpp, ollama, mlx, or merged for the whole model.
         output_dir: a new folder.
         rank: R is at least this; None is the adapter's largest.
         model_name_or_path, gguf_file: the base model, where it is not what the config says.
