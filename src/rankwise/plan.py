@@ -89,6 +89,12 @@ class RankPlan:
             f"{self.parameters:,} parameters)"
         )
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the ranks, matrices by layers."""
+        from rankwise.report.heatmap import html_table
+
+        return html_table(repr(self), self.ranks)
+
     @property
     def ranks(self) -> dict[str, int]:
         """Rank by entry name."""

@@ -4,6 +4,7 @@ import builtins
 import io
 import json
 from dataclasses import replace
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -477,3 +478,28 @@ def test_curve_is_a_picture(tmp_path):
         assert image.format == "PNG"
         assert image.size[0] > 300
     assert [p.name for p in tmp_path.iterdir()] == ["curve.png"]
+
+
+def test_a_notebook_shows_a_plan_as_a_table_of_its_ranks():
+    class Cells(HTMLParser):
+        def __init__(self):
+            super().__init__()
+            self.rows, self.inside, self.tags = [], False, set()
+
+        def handle_starttag(self, tag, attrs):
+            self.tags.add(tag)
+            self.rows += [[]] if tag == "tr" else []
+            self.inside = tag in ("td", "th")
+            if self.inside:
+                self.rows[-1].append("")
+
+        def handle_data(self, data):
+            if self.inside:
+                self.rows[-1][-1] += data
+
+    ranks = {"layer.0.query": 3, "layer.1.query": 0, "layer.1.<img src=x>": 2}
+    plan = plan_of(ranks, r=4)
+    shown = Cells()
+    shown.feed(plan._repr_html_())
+    assert shown.rows == [["layer", "0", "1"], ["query", "3", "0"], ["<img src=x>", "", "2"]]
+    assert shown.tags == {"table", "caption", "tr", "th", "td"}

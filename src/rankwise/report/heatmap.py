@@ -1,17 +1,20 @@
-"""ranks.png: the ranks of a plan as a heat map, layers x matrices (arXiv 2403.09113, figure 3)."""
+"""Ranks as a heat map, layers x matrices (arXiv 2403.09113, figure 3): a PNG, and for notebooks."""
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
+from rankwise import escape
 from rankwise.files import temporary_name
-from rankwise.plan import RankPlan
+
+if TYPE_CHECKING:
+    from rankwise.plan import RankPlan
 
 T = TypeVar("T")
 
 
-def save_heatmap(plan: RankPlan, path: Path) -> bool:
+def save_heatmap(plan: "RankPlan", path: Path) -> bool:
     """Draws a plan's ranks. Needs matplotlib (`pip install 'rankwise[plots]'`).
 
     Args:
@@ -56,6 +59,28 @@ def save_heatmap(plan: RankPlan, path: Path) -> bool:
     with temporary_name(path) as temporary:
         figure.savefig(temporary, dpi=130, format="png")
     return True
+
+
+def html_table(caption: str, ranks: Mapping[str, int]) -> str:
+    """Ranks by entry as an HTML table, the higher the darker; legible on light and dark pages."""
+    layers, matrices, rows = grid(ranks)
+    top = max([*ranks.values(), 1])
+
+    def cell(rank: int | None) -> str:
+        if rank is None:
+            return "<td></td>"
+        shade = f"background:rgba(70,110,200,{0.6 * rank / top:.2f})"
+        return f'<td style="text-align:center;{shade}">{rank}</td>'
+
+    head = "".join(f"<th>{escape.html(layer)}</th>" for layer in layers)
+    body = "".join(
+        f"<tr><th>{escape.html(matrix)}</th>{''.join(map(cell, row))}</tr>"
+        for matrix, row in zip(matrices, rows, strict=True)
+    )
+    return (
+        f"<table><caption>{escape.html(caption)}</caption>"
+        f"<tr><th>layer</th>{head}</tr>{body}</table>"
+    )
 
 
 def grid(of: Mapping[str, T]) -> tuple[list[str], list[str], list[list[T | None]]]:
