@@ -18,6 +18,8 @@ from inputs import cases, prepare, wrong
 from kills import COMMANDS, Kill, Whole, killed_and_resumed, reference, resumed
 from small import model_and_rows
 
+from rankwise.files import temporary_name
+
 Trial = tuple[str, str, str]  # family, name, what is wrong
 
 
@@ -129,6 +131,13 @@ class Drive:
             yield "two at once", f"{whole.name} {flag}", said
 
 
+def write(path: Path, tried: Counter, failed: Counter, lines: list[list[str]]) -> None:
+    """The counts so far: after each trial, so that a drive that is stopped has some."""
+    counts = {kind: {"trials": n, "failed": failed[kind]} for kind, n in tried.items()}
+    with temporary_name(path) as temporary:
+        temporary.write_text(json.dumps({"counts": counts, "failed": lines}, indent=2))
+
+
 def main() -> None:
     """Runs families of trials; exits with 1 where something failed."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -155,6 +164,10 @@ def main() -> None:
                     failed[kind] += 1
                     lines.append([kind, name, said])
                     print(f"  {kind}: {name}: {said}", file=sys.stderr, flush=True)
+                if given.json:
+                    write(Path(given.json), tried, failed, lines)
+    except KeyboardInterrupt:
+        print("stopped; the counts so far:", file=sys.stderr)
     finally:
         drive.forks.close()
         shutil.rmtree(folder, ignore_errors=True)
@@ -163,9 +176,6 @@ def main() -> None:
         print(f"{kind:<28}{count:>8}{count - failed[kind]:>8}{failed[kind]:>8}")
     total, bad = sum(tried.values()), sum(failed.values())
     print(f"{'all':<28}{total:>8}{total - bad:>8}{bad:>8}")
-    if given.json:
-        counts = {k: {"trials": n, "failed": failed[k]} for k, n in tried.items()}
-        Path(given.json).write_text(json.dumps({"counts": counts, "failed": lines}, indent=2))
     sys.exit(bool(bad))
 
 

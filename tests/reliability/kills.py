@@ -24,6 +24,9 @@ class Command:
     needs: str = ""  # whose result it takes as its adapter
 
 
+OFFLINE = ("cut", "export")
+"""Commands that take an adapter alone, and so little time that there is nothing to resume."""
+
 OWN = {
     "lora-grid": ["--r", "2", "--ranks", "1", "2"],
     "houlsby": [],
@@ -47,6 +50,10 @@ COMMANDS = {
     "demo": Command(["demo", "--method", "autolora", "--r", "4", "--control", "none", *FAST]),
     "evaluate": Command(["evaluate"], needs="train"),
     "cut": Command(["cut", "--keep", "0.5"], needs="train"),
+    "export": Command(["export", "--to", "vllm"], needs="train"),
+    "run-heal": Command(
+        ["run", "--control", "none", "--r", "4", "--sizes", "3", "--heal", "0.5", *FAST], "many"
+    ),
 } | {
     name: Command(
         ["run", "--method", name, "--control", "none", *OWN.get(name, ["--r", "4"]), *FAST]
@@ -89,7 +96,7 @@ def reference(
     command = COMMANDS[name]
     argv = list(command.argv)
     rows = many if command.rows == "many" else few
-    if argv[0] != "cut":
+    if argv[0] not in OFFLINE:
         argv += ["--model_name_or_path", model, "--data_dir", rows, "--use_cpu"]
     if command.needs:
         argv += ["--adapter", str(of(command.needs).folder / "out" / "adapter")]
@@ -113,11 +120,11 @@ def resumed(forks: Forks, whole: Whole, folder: Path) -> str:
     if whole.argv[0] == "evaluate":
         again = forks.run(whole.argv, folder)
         return "" if again.out == whole.done.out else f"evaluate: {again.line}"
-    takes = whole.argv[0] != "cut"
+    takes = whole.argv[0] not in OFFLINE
     again = forks.run([*whole.argv, *["--resume_from_checkpoint"] * takes], folder)
     if again.code == 2 and ("nothing to resume" in again.err):
         again = forks.run(whole.argv, folder)  # it had not begun
-    if again.code == 2 and whole.argv[0] == "cut" and "is not empty" in again.err:
+    if again.code == 2 and not takes and "is not empty" in again.err:
         again = replace(again, code=0)  # it was done
     if again.code != 0 or again.crashed:
         return f"exit {again.code}: {again.line}"
