@@ -39,7 +39,7 @@ def test_every_command_is_in_the_drive():
     from rankwise.methods import METHODS
 
     # Grids have kills of their own (tests/compare); the others write what they make in one rename.
-    apart = {"compare", "export", "predict", "report", "score", "verify"}
+    apart = {"compare", "predict", "report", "score", "verify"}
     assert {command.argv[0] for command in COMMANDS.values()} == set(ALL) - apart
     used = {word for command in COMMANDS.values() for word in command.argv}
     assert set(METHODS) - used <= {"lora", "llama-adapter"}
