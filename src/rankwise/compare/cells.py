@@ -209,7 +209,10 @@ def read_cell(path: Path) -> Result | Failure | None:
         return None
     raw = read_json(path, ResultError)
     if not isinstance(raw, dict) or raw.get("schema") != FAILURE:
-        return Result.load(path)
+        try:
+            return Result.from_dict(raw)
+        except ResultError as error:
+            raise ResultError(f"{path}: {error}") from error
     kinds = {"cell": dict, "error": str, "again": bool}
     for key, kind in kinds.items():
         if not isinstance(raw.get(key), kind):
