@@ -278,7 +278,13 @@ def size_of(result: Result) -> int:
 
 
 def main_metric(result: Result) -> str:
-    return str(result.task["metrics"][0])
+    """The task's first, or, where that is a language model's loss and texts were generated, the
+    first official figure."""
+    first, *rest = result.task["metrics"]
+    if first == "loss":
+        of_texts = [m for m in rest if m in result.metrics and m in METRICS and scale(m)]
+        return str((of_texts or [first])[0])
+    return str(first)
 
 
 def metric_of(suite: Suite, task: str) -> str:
@@ -312,7 +318,7 @@ def gain(ours: Result, other: Result) -> float:
 def learned(result: Result) -> bool | None:
     """Whether a result is above what a model that was taught nothing scores, by two standard errors
     of so many rows; None where the file does not say what that is."""
-    metric = main_metric(result)
+    metric = str(result.task["metrics"][0])  # a base model's texts are not scored, its loss is
     floor = result.about.get("floor", {}).get(metric)
     if floor is None and "0 for" in find_metric(metric).range:
         floor = 0.0
