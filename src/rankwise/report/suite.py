@@ -165,8 +165,8 @@ def load(paths: Sequence[str | Path]) -> Suite:
                 else:
                     pairs.append((result, found))
     judging = [result for result, _ in pairs if _spec(result).get("held_out")]
-    counting, said = _told_apart([pair for pair in pairs if not _spec(pair[0]).get("held_out")])
-    problems += said
+    counting, split = _told_apart([pair for pair in pairs if not _spec(pair[0]).get("held_out")])
+    problems += split
     if not counting:
         said = f": {problems[0]}" if problems else ""
         raise ResultError(f"no result to report among {', '.join(map(str, paths))}{said}")
