@@ -98,7 +98,7 @@ class Job:
         args: TrainingArguments; the output folder is each stage's own.
         max_length: tokens of a row.
         command: for the record.
-        decoding: how texts are generated, for a task of such a kind.
+        decoding: how texts are generated, for a task of such a kind; None for the loss alone.
         trainer: more that every Trainer is given: callbacks, rows to evaluate on in between.
         about: more for the record: how the learning rate was chosen.
     """
@@ -113,7 +113,7 @@ class Job:
     args: TrainingArguments
     max_length: int
     command: str = "fit"
-    decoding: Decoding = field(default_factory=Decoding)
+    decoding: Decoding | None = field(default_factory=Decoding)
     trainer: Mapping[str, Any] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
 
@@ -701,12 +701,13 @@ def _predicted(job: Job, trainer: Trainer) -> tuple[Any, dict[str, float]]:
 def generation(job: Job, model: nn.Module, file: Path, resume: bool) -> dict[str, Any]:
     """The official figures of the texts that a model generates for the evaluation rows.
 
-    Of a task of another kind nothing. Texts go to `file`; see `rankwise.decoding.generate_rows`.
+    Of a task of another kind, or a job that wants the loss alone, nothing. Texts go
+    to `file`; see `rankwise.decoding.generate_rows`.
 
     Returns:
         "metrics", their "signatures", "decoding", and "generation_seconds".
     """
-    if not job.task.generates:
+    if not job.task.generates or job.decoding is None:
         return {}
     task: Any = job.task
     _, rows = _evaluation_rows(task, job.split)
@@ -725,7 +726,7 @@ def generation(job: Job, model: nn.Module, file: Path, resume: bool) -> dict[str
 
 def check_generation(job: Job, most: int | None) -> None:
     """Raises DataError where a prompt of the evaluation rows and its text do not fit the model."""
-    if not job.task.generates or most is None:
+    if not job.task.generates or most is None or job.decoding is None:
         return
     task: Any = job.task
     _, rows = _evaluation_rows(task, job.split)

@@ -154,6 +154,50 @@ def test_two_results_for_one_place_are_said(tmp_path):
     assert compared.mean == pytest.approx(-10.0)
 
 
+def test_cells_of_other_epochs_stay_apart(tmp_path):
+    """Two recipes in one folder: a longer training of one method is no gain over the other."""
+    records = [*both("a", 0, 0.80, 0.82), *both("a", 0, 0.90, 0.91), *both("b", 0, 0.7, 0.7)]
+    for number, raw in enumerate(records):
+        raw["about"]["cell"]["spec"]["training"] = {
+            "num_train_epochs": 1 if number in (0, 1) else 9
+        }
+    suite = loaded(tmp_path, records)
+    assert suite.tasks == ["a (num_train_epochs 1)", "a (num_train_epochs 9)", "b"]
+    assert suite.problems == [
+        "a stands for 2 settings, kept apart; they differ in num_train_epochs"
+    ]
+    (compared,) = comparisons(suite)
+    assert compared.differences == {
+        "a (num_train_epochs 1)": [pytest.approx(2.0)],
+        "a (num_train_epochs 9)": [pytest.approx(1.0)],
+        "b": [0.0],
+    }
+
+
+def test_methods_of_other_flags_stay_apart(tmp_path):
+    records = [record("lora", "a", seed, 0.8) for seed in (0, 1)]
+    for raw, r in zip(records, (4, 8), strict=True):
+        raw["about"]["cell"]["spec"]["method"]["r"] = r
+    suite = loaded(tmp_path, records)
+    assert [arm.label for arm in suite.arms] == ["lora (r 4)", "lora (r 8)"]
+
+
+def test_runs_of_other_rows_stay_apart(tmp_path):
+    """Files of `rankwise run`: more training rows, and evaluated rows that are others'."""
+    records = [record("LoRA", "rte", seed, 0.8) for seed in range(3)]
+    for raw in records:
+        del raw["about"]["cell"]
+    records[1]["rows"]["train"] = 50
+    records[2]["rows"]["evaluated"] = 10
+    suite = loaded(tmp_path, records)
+    assert suite.tasks == [
+        "rte (evaluated rows 10, training rows 100)",
+        "rte (evaluated rows 1000, training rows 100)",
+        "rte (evaluated rows 1000, training rows 50)",
+    ]
+    assert all(len(arm.results) == 3 for arm in suite.arms)
+
+
 def test_ranks_and_whether_seeds_agree(tmp_path):
     more = {"kind": "X", "claim": "choosing ranks"}
     records = [

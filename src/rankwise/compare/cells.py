@@ -23,7 +23,10 @@ from rankwise.result import Result
 
 FAILURE = "rankwise-failure/1"
 # Of a run's flags, those that a figure does not hang on, and those that say where things lie.
-_FREE = set("logging_steps save_steps report_to per_device_eval_batch_size use_cpu".split())
+_FREE = set(
+    "logging_steps save_steps report_to per_device_eval_batch_size use_cpu "
+    "generation_batch_size".split()
+)
 _PATHS = set("data_dir train_file validation_file test_file".split())
 
 
@@ -132,6 +135,9 @@ def _cell(
         "held_out": held_out,
         "size_of": size_of,
     }
+    if task.generates and held_out is None:
+        how = asdict(recipe.decoding)
+        spec["generation"] = {k: v for k, v in how.items() if k not in _FREE}
     spec = as_json(spec)
     parts = [task.label, method.label, f"seed{seed}"]
     parts += [f"rate{rates[0]:g}"] if held_out is not None else []
@@ -199,6 +205,11 @@ def cell_file(folder: Path, name: str) -> Path:
     return folder / "cells" / f"{name}.json"
 
 
+def texts_file(folder: Path, name: str) -> Path:
+    """The texts that a cell generated, beside its file."""
+    return folder / "cells" / f"{name}.generations.jsonl"
+
+
 def read_cell(path: Path) -> Result | Failure | None:
     """What a cell left; None where there is nothing yet.
 
@@ -209,7 +220,10 @@ def read_cell(path: Path) -> Result | Failure | None:
         return None
     raw = read_json(path, ResultError)
     if not isinstance(raw, dict) or raw.get("schema") != FAILURE:
-        return Result.load(path)
+        try:
+            return Result.from_dict(raw)
+        except ResultError as error:
+            raise ResultError(f"{path}: {error}") from error
     kinds = {"cell": dict, "error": str, "again": bool}
     for key, kind in kinds.items():
         if not isinstance(raw.get(key), kind):

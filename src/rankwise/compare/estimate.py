@@ -72,7 +72,7 @@ def _measured(recipe: Recipe, cell: Cell, alike: Sequence[Cell], steps: int) -> 
     most = max(400, 2 * steps * rows)  # enough to hold some out
     short = replace(cell, fit=replace(cell.fit, max_steps=steps, save_steps=10**6), rates={})
     whole = _rows(recipe, cell)
-    job = cell_job(recipe, short, cell.fit.learning_rate, most)
+    job = replace(cell_job(recipe, short, cell.fit.learning_rate, most), decoding=None)
     with tempfile.TemporaryDirectory() as scratch:
         base = check(cell.method.method, job)
         result = run_method(cell.method.method, job, Path(scratch), base=base)

@@ -20,11 +20,12 @@ from rankwise.compare.cells import (
     is_over,
     read_cell,
     set_aside,
+    texts_file,
     write_failure,
 )
 from rankwise.compare.recipe import Recipe
 from rankwise.errors import CheckpointError, DivergedError, RankwiseError
-from rankwise.job import Job, evaluate, load_job, run_method
+from rankwise.job import GENERATIONS, Job, evaluate, load_job, run_method
 from rankwise.methods import Method
 from rankwise.result import Result
 from rankwise.rows import hold_out
@@ -68,6 +69,8 @@ def execute(
             said = " ".join(f"{type(error).__name__}: {error}".split())
             failure = Failure(cell.spec, said[:1000], again=False)
         else:
+            if (work / GENERATIONS).is_file():
+                (work / GENERATIONS).replace(texts_file(folder, name))
             result.save(path)
             shutil.rmtree(work, ignore_errors=True)
             return result
@@ -168,15 +171,19 @@ def cell_job(recipe: Recipe, cell: Cell, rate: float, most: int | None = None) -
             ("validation"),
         )
     args = replaced(training_arguments(fit), disable_tqdm=True)
-    job = load_job(task, source(recipe.model), args, data.max_length, split, "compare")
-    return job if cell.held_out is None else replace(job, split="held-out training")
+    of_rows = data.max_length, split
+    job = load_job(task, source(recipe.model), args, *of_rows, "compare", recipe.decoding)
+    if cell.held_out is None:
+        return job
+    # the loss judges a rate: no need for texts
+    return replace(job, split="held-out training", decoding=None)
 
 
 def floor(job: Job) -> dict[str, float]:
     """What a model that was taught nothing scores on the evaluated rows, by metric.
 
     What the task says of chance, or, where it says nothing of its main metric (a language model's
-    perplexity), the figures of the base model as it is.
+    perplexity), the figures of the base model as it is; no texts are generated for that.
     """
     found = job.task.floor(job.train_rows, job.evaluation)
     if job.task.main_metric in found:

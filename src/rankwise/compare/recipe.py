@@ -8,11 +8,12 @@ from typing import Any
 
 from rankwise.cli.arguments import DataArguments, FitArguments, ModelArguments, check_ranges
 from rankwise.cli.flags import read_values
+from rankwise.decoding import Decoding
 from rankwise.errors import RankwiseError
 from rankwise.methods import METHODS, Method, by_name
-from rankwise.tasks.known import KNOWN
+from rankwise.tasks.known import KNOWN, known_name
 
-KEYS = "model data_dir tasks methods seeds budget rates training tune max_length".split()
+KEYS = "model data_dir tasks methods seeds budget rates training tune max_length generation".split()
 SIZES = ("r", "rank", "budget", "energy", "plan")
 """Flags by which a method says its own size; the recipe's budget is for those that do not."""
 TUNE = ("held_out", "num_train_epochs", "max_steps")
@@ -31,6 +32,12 @@ class TaskEntry:
     label: str
     data: DataArguments
     training: Mapping[str, Any]
+
+    @property
+    def generates(self) -> bool:
+        """Whether texts are generated and scored."""
+        kind = KNOWN[known_name(self.data.task)].kind if self.data.task else self.data.kind
+        return kind == "generation"
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,7 @@ class Recipe:
         training: the flags of `rankwise run` that all cells share.
         tune: of the cells that choose a learning rate: `held_out`, the share of the training rows
             that judges it, and what differs from the training (`num_train_epochs`, `max_steps`).
+        decoding: how texts are generated on test rows.
     """
 
     path: Path
@@ -73,6 +81,7 @@ class Recipe:
     seeds: tuple[int, ...]
     training: Mapping[str, Any]
     tune: Mapping[str, Any]
+    decoding: Decoding
 
 
 def read_recipe(path: str | Path, data_dir: str | None = None, model: str | None = None) -> Recipe:
@@ -106,6 +115,8 @@ def read_recipe(path: str | Path, data_dir: str | None = None, model: str | None
         raise RankwiseError(f"{where}: training has a learning_rate, and rates are given too")
     rates = rates or (training.pop("learning_rate", FitArguments().learning_rate),)
     tune = _tune(where, _mapping(where, raw, "tune"))
+    generation = _mapping(where, raw, "generation")
+    decoding = Decoding(**read_values(f"{where}: generation", Decoding(), generation))
     max_length = raw.get("max_length", DataArguments().max_length)
     recipe = Recipe(
         Path(path),
@@ -115,6 +126,7 @@ def read_recipe(path: str | Path, data_dir: str | None = None, model: str | None
         seeds,
         training,
         tune,
+        decoding,
     )
     for task in recipe.tasks:
         fit = FitArguments(**(recipe.training | task.training))  # type: ignore[operator]

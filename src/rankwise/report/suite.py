@@ -4,12 +4,13 @@ import math
 import re
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rankwise.compare.cells import Failure, read_cell
 from rankwise.errors import ResultError
+from rankwise.report.conditions import apart, of_method, of_task
 from rankwise.report.statistics import Interval, mean_of, t_over_tasks, two_level
 from rankwise.report.table import LARGER
 from rankwise.result import Result
@@ -145,7 +146,7 @@ def load(paths: Sequence[str | Path]) -> Suite:
     Raises:
         ResultError: there is no result at all.
     """
-    results: list[Result] = []
+    pairs: list[tuple[Result, Result]] = []  # with the one that its file is of
     failures, problems = [], []
     for file in result_files(paths):
         try:
@@ -162,9 +163,10 @@ def load(paths: Sequence[str | Path]) -> Suite:
                 if said := _unfit(result):
                     problems.append(f"{file}: {result.name}: {said}")
                 else:
-                    results.append(result)
-    judging = [result for result in results if _spec(result).get("held_out")]
-    counting = [result for result in results if not _spec(result).get("held_out")]
+                    pairs.append((result, found))
+    judging = [result for result, _ in pairs if _spec(result).get("held_out")]
+    counting, split = _told_apart([pair for pair in pairs if not _spec(pair[0]).get("held_out")])
+    problems += split
     if not counting:
         said = f": {problems[0]}" if problems else ""
         raise ResultError(f"no result to report among {', '.join(map(str, paths))}{said}")
@@ -189,10 +191,23 @@ def _unfit(result: Result) -> str:
     spec = parts[0].get("spec", {}) if isinstance(parts[0], dict) else None
     parts.append(spec)
     if isinstance(spec, dict):
-        parts += [spec.get(name, {}) for name in ("task", "method")]
+        parts += [spec.get(name, {}) for name in ("task", "method", "training")]
     if not all(isinstance(part, dict) for part in parts):
         return "what it says about its cell is not as compare writes it"
     return ""
+
+
+def _told_apart(pairs: Sequence[tuple[Result, Result]]) -> tuple[list[Result], list[str]]:
+    """With other names where a task or a method means another thing in another file."""
+    specs = [_spec(result) for result, _ in pairs]
+    of_tasks = [of_task(*pair, spec) for pair, spec in zip(pairs, specs, strict=True)]
+    tasks, said = apart([task_of(result) for result, _ in pairs], of_tasks)
+    labels, more = apart([label_of(result) for result, _ in pairs], list(map(of_method, specs)))
+    named = [
+        replace(result, about=result.about | {"named": {"task": task, "label": label}})
+        for (result, _), task, label in zip(pairs, tasks, labels, strict=True)
+    ]
+    return named, said + more
 
 
 def _twice(results: Sequence[Result]) -> list[str]:
@@ -239,11 +254,15 @@ def cell_name(result: Result) -> str:
 
 def label_of(result: Result) -> str:
     """What the recipe calls the method; of a run, its own name."""
+    if named := result.about.get("named"):
+        return str(named["label"])
     return str(_spec(result).get("method", {}).get("label", result.name))
 
 
 def task_of(result: Result) -> str:
     """What the recipe calls the task; of a run, its own name."""
+    if named := result.about.get("named"):
+        return str(named["task"])
     return str(_spec(result).get("task", {}).get("label", result.task.get("name", "")))
 
 
@@ -259,7 +278,13 @@ def size_of(result: Result) -> int:
 
 
 def main_metric(result: Result) -> str:
-    return str(result.task["metrics"][0])
+    """The task's first, or, where that is a language model's loss and texts were generated, the
+    first official figure."""
+    first, *rest = result.task["metrics"]
+    if first == "loss":
+        of_texts = [m for m in rest if m in result.metrics and m in METRICS and scale(m)]
+        return str((of_texts or [first])[0])
+    return str(first)
 
 
 def metric_of(suite: Suite, task: str) -> str:
@@ -293,7 +318,7 @@ def gain(ours: Result, other: Result) -> float:
 def learned(result: Result) -> bool | None:
     """Whether a result is above what a model that was taught nothing scores, by two standard errors
     of so many rows; None where the file does not say what that is."""
-    metric = main_metric(result)
+    metric = str(result.task["metrics"][0])  # a base model's texts are not scored, its loss is
     floor = result.about.get("floor", {}).get(metric)
     if floor is None and "0 for" in find_metric(metric).range:
         floor = 0.0
