@@ -124,7 +124,7 @@ def resumed(forks: Forks, whole: Whole, folder: Path) -> str:
     again = forks.run([*whole.argv, *["--resume_from_checkpoint"] * takes], folder)
     if again.code == 2 and ("nothing to resume" in again.err):
         again = forks.run(whole.argv, folder)  # it had not begun
-    if again.code == 2 and not takes and "is not empty" in again.err:
+    if again.code == 2 and not takes and ("is not empty" in again.err or "out exists" in again.err):
         again = replace(again, code=0)  # it was done
     if again.code != 0 or again.crashed:
         return f"exit {again.code}: {again.line}"
