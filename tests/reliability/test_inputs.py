@@ -139,6 +139,7 @@ def test_whose_flag_it_is_and_what_was_meant(capsys):
         (["train", "--lerning_rate", "1"], "did you mean --learning_rate?"),
         (["run", "--method", "lora", "--by_layer"], "a flag of method dylora"),
         (["cut", "--learning_rate", "1"], "a flag of run, search and train"),
+        (["train", "--lr", "1"], "did you mean --learning_rate?"),
         (["trian"], "did you mean train?"),
     ):
         with pytest.raises(SystemExit):

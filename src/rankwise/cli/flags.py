@@ -122,6 +122,21 @@ def parse(
     ]
 
 
+# What other tools call them.
+_OTHERS = {
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "model": "model_name_or_path",
+    "rank": "r",
+    "lora_r": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "resume": "resume_from_checkpoint",
+    "output": "output_dir",
+}
+
+
 def _hint(given: str, known: Sequence[str], elsewhere: Mapping[str, str]) -> str:
     """Which flag was meant, or whose it is."""
     name = given.lstrip("-").partition("=")[0].replace("-", "_")
@@ -129,7 +144,9 @@ def _hint(given: str, known: Sequence[str], elsewhere: Mapping[str, str]) -> str
         return ""
     if name in elsewhere and name not in known:
         return f", which is a flag of {elsewhere[name]}"
-    near = difflib.get_close_matches(name, [*known, *elsewhere], n=1)
+    near = [_OTHERS.get(name, "")]
+    if near[0] not in known:
+        near = difflib.get_close_matches(name, [*known, *elsewhere], n=1)
     if not near:
         return ""
     of = "" if near[0] in known else f" of {elsewhere[near[0]]}"
