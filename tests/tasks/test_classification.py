@@ -182,6 +182,7 @@ def test_encoder_head_and_names(minilm, load):
     assert type(model).__name__ == "BertForSequenceClassification"
     assert model.config.id2label == {0: "x", 1: "y", 2: "z"}
     assert model.config.label2id == {"x": 0, "y": 1, "z": 2}
+    assert model.config.problem_type == "single_label_classification"  # before any loss
     assert model.classifier.out_features == 3
 
 

@@ -65,6 +65,11 @@ class Classification(Task):
     ) -> Dataset:
         return texts.encode_texts(rows, tokenizer, self.text_columns, self.label, max_length)
 
+    def head(self) -> dict[str, Any]:
+        """The kind of problem too: transformers writes it into the config at the first loss, and
+        a run that goes on after its last step has none."""
+        return super().head() | {"problem_type": "single_label_classification"}
+
     def data_collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Any]], Any]:
         return texts.pad_texts(tokenizer)
 
