@@ -16,7 +16,7 @@ from transformers import default_data_collator, set_seed
 import rankwise
 from conftest import make_rows, write_jsonl
 from families import arguments, family, rows
-from rankwise import choose, orders
+from rankwise import choose, orders, surgeon
 from rankwise.errors import DataError, DivergedError, RankwiseError
 from rankwise.job import Source
 from rankwise.methods.base import Kept, Setting
@@ -420,7 +420,7 @@ def ids(batch: Any) -> set[tuple[int, ...]]:
 def watched(monkeypatch) -> dict[str, set]:
     """Rows by what they were used for."""
     seen: dict[str, set] = {"train": set(), "order": set(), "judge": set()}
-    step, order, measure = FiniteTrainer.training_step, orders.order, choose.measure_sizes
+    step, order, measure = FiniteTrainer.training_step, surgeon.order, choose.measure_sizes
 
     def trains(self, model, inputs, *args):
         seen["train"] |= ids(inputs)
@@ -436,7 +436,7 @@ def watched(monkeypatch) -> dict[str, set]:
         return measure(trainer, dataset, *args, **how)
 
     monkeypatch.setattr(FiniteTrainer, "training_step", trains)
-    monkeypatch.setattr(orders, "order", orders_by)
+    monkeypatch.setattr(surgeon, "order", orders_by)
     monkeypatch.setattr(choose, "measure_sizes", judges)
     return seen
 
