@@ -64,10 +64,7 @@ def parse_job(
         Group("data", DataArguments(), unused),
         Group("training" if method else "evaluation", FitArguments(), unused),
         Group("output", OutputArguments(), unused),
-        *(
-            Group((type(part).__doc__ or " ").splitlines()[0].rstrip(".").lower(), part)
-            for part in more
-        ),
+        *(Group(_first_line(part), part) for part in more),
     ]
     if not name:
         parts = parse(command, description, groups, argv, elsewhere, **defaults)
