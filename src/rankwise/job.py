@@ -30,6 +30,7 @@ from transformers import (
 
 from rankwise import tasks
 from rankwise.adapter import OTHER_SIZES
+from rankwise.beside import TASK
 from rankwise.choose import Curve, resampled
 from rankwise.decoding import Decoding, drop_partial, generate_rows
 from rankwise.errors import DataError, DivergedError, RankwiseError
@@ -611,7 +612,7 @@ def describe_adapter(job: Job, folder: Path, method: Method) -> None:
     base = job.source.name_or_path
     if not Path(base).exists():  # of a folder, PEFT's own config alone says where
         about["base"] = base
-    write_json(folder / "task.json", about)
+    write_json(folder / TASK, about)
     if folder.name == method.product:
         job.tokenizer.save_pretrained(str(folder))
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rankwise.beside import TASK
 from rankwise.cli.arguments import (
     AdapterArguments,
     CutArguments,
@@ -60,8 +61,8 @@ def main(argv: Sequence[str]) -> None:
     smaller = _by_order(source, cut) if by_order else _cut(adapter, cut)
     with new_folder(target, marked=True) as work:
         smaller.write(work)
-        if (source / "task.json").is_file():
-            write_json(work / "task.json", read_json(source / "task.json", AdapterError))
+        if (source / TASK).is_file():
+            write_json(work / TASK, read_json(source / TASK, AdapterError))
     from rankwise.cli.show import say
     from rankwise.report.table import print_cuts
 
