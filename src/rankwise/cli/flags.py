@@ -144,9 +144,9 @@ def _hint(given: str, known: Sequence[str], elsewhere: Mapping[str, str]) -> str
         return ""
     if name in elsewhere and name not in known:
         return f", which is a flag of {elsewhere[name]}"
-    near = [_OTHERS.get(name, "")]
-    if near[0] not in known:
-        near = difflib.get_close_matches(name, [*known, *elsewhere], n=1)
+    if (other := _OTHERS.get(name)) in known:
+        return f"; did you mean --{other}?"
+    near = difflib.get_close_matches(name, [*known, *elsewhere], n=1)
     if not near:
         return ""
     of = "" if near[0] in known else f" of {elsewhere[near[0]]}"
