@@ -268,9 +268,10 @@ def by_energy(factors: Mapping[str, Factors]) -> Order:
 
 def at_random(factors: Mapping[str, Factors], seed: int = 0) -> Order:
     """The SVD's pieces in random order: the control of all orders."""
-    pieces = all_pieces(svd_pieces(factors)[0])
-    random.Random(seed).shuffle(pieces)
-    return Order(svd_pieces(factors)[0], tuple(pieces), {"order": "random", "seed": seed})
+    pieces, _ = svd_pieces(factors)
+    sequence = all_pieces(pieces)
+    random.Random(seed).shuffle(sequence)
+    return Order(pieces, tuple(sequence), {"order": "random", "seed": seed})
 
 
 def by_index(factors: Mapping[str, Factors]) -> Order:
@@ -290,14 +291,12 @@ def svd_pieces(factors: Mapping[str, Factors]) -> tuple[dict[str, Factors], dict
     return pieces, values
 
 
-def _by_key(
-    factors: Mapping[str, Factors], key: Callable[[Tensor], Tensor], **provenance: Any
-) -> Order:
+def _by_key(factors: Mapping[str, Factors], key: Callable[[Tensor], Tensor], how: str) -> Order:
     pieces, values = svd_pieces(factors)
     keys = {name: key(s).tolist() for name, s in values.items()}
     size = {name: s.tolist() for name, s in values.items()}
     sequence = sorted(all_pieces(pieces), key=lambda p: (keys[p[0]][p[1]], -size[p[0]][p[1]]))
-    return Order(pieces, tuple(sequence), {"order": provenance["how"]})
+    return Order(pieces, tuple(sequence), {"order": how})
 
 
 def all_pieces(factors: Mapping[str, Factors]) -> list[Piece]:
