@@ -4,7 +4,6 @@ python tests/reliability/attack.py --kills 200 --families kills inputs disk sign
 """
 
 import argparse
-import json
 import random
 import shutil
 import sys
@@ -18,7 +17,7 @@ from inputs import cases, prepare, wrong
 from kills import COMMANDS, Kill, Whole, killed_and_resumed, reference, resumed
 from small import model_and_rows
 
-from rankwise.files import temporary_name
+from rankwise.files import write_json
 
 Trial = tuple[str, str, str]  # family, name, what is wrong
 
@@ -134,8 +133,7 @@ class Drive:
 def write(path: Path, tried: Counter, failed: Counter, lines: list[list[str]]) -> None:
     """The counts so far: after each trial, so that a drive that is stopped has some."""
     counts = {kind: {"trials": n, "failed": failed[kind]} for kind, n in tried.items()}
-    with temporary_name(path) as temporary:
-        temporary.write_text(json.dumps({"counts": counts, "failed": lines}, indent=2))
+    write_json(path, {"counts": counts, "failed": lines})
 
 
 def main() -> None:
