@@ -51,7 +51,7 @@ from rankwise.trainer import FiniteTrainer, replaced, run_training
 RESULTS = Path(__file__).parent / "results" / "cut"
 SIZES = (4, 8, 16, 32, 64)
 ORDER_ROWS = 400
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (1e-4, 1e-3, 3e-3, 1e-2)
 SEVEN = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)
 WHOLE = "all pieces"
 # From scratch: the method, by the name of the arm.
@@ -167,7 +167,7 @@ def tune(name: str, seed: int, args: argparse.Namespace) -> None:
     """One method at every rate, on the rows that the orders would see."""
     methods: dict[str, LoraMethod] = {WHOLE: LoRA(), **SCRATCH}
     for arm in args.arms or [WHOLE]:
-        for rate in RATES[:2] if arm == WHOLE else RATES:
+        for rate in RATES[:3] if arm == WHOLE else RATES[1:]:
             target = tuned(name, arm, seed, rate)
             if target.exists():
                 continue
