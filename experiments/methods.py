@@ -2,7 +2,7 @@
 
     python experiments/methods.py [--only lora cut ...] [--output_dir DIR]
 
-A tour, not a comparison: one short run and one seed each, at a rate that is usual for its kind and
+A tour, not a comparison: one short run and one seed each, at the rate that is usual for it and
 not tuned. Costs are CPU seconds of the whole call on one thread, from rows to the evaluated
 adapter, as a ratio to LoRA's; they hardly depend on what else the machine does. One JSON file,
 experiments/results/methods.json, and the table of docs/methods.md; methods that are in the file
@@ -32,10 +32,6 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "methods.json"
 PAGE = HERE.parent / "docs" / "methods.md"
 
-# Usual rates by kind: all weights; bottlenecks and LoRA; a few vectors.
-VECTORS = ("prefix-tuning", "prompt-tuning", "p-tuning", "llama-adapter", "ia3", "dylora-frozen")
-RATES = {"full": 1e-4} | dict.fromkeys(VECTORS, 1e-2)
-RATE = 1e-3
 FLAGS: dict[str, dict[str, Any]] = {
     "lora-grid": {"ranks": (1, 2, 4, 8)},
     "autolora": {"gate_learning_rate": 1e-2},
@@ -66,7 +62,7 @@ def main() -> None:
 
 def one(name: str, rows: Path, folder: Path) -> dict[str, Any]:
     """One method's figures, or why it has none on this model."""
-    rate = RATES.get(name, RATE)
+    rate = by_name(name).rate_for(None)
     with tempfile.TemporaryDirectory() as scratch:
         training = TrainingArguments(
             output_dir=scratch,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.func import functional_call
-from transformers import TrainerCallback, default_data_collator
+from transformers import LlamaConfig, TrainerCallback, default_data_collator
 
 import rankwise
 from families import StopAfter, arguments, family, rows, without_dropout
@@ -574,3 +574,12 @@ def test_provenance_says_what_decided_the_plan(of, tmp_path):
 def test_finite_trainer_is_what_train_returns(of, tmp_path):
     trainer = rankwise.train(of.model(), uniform(of.model(), 1), rows(of), args=arguments(tmp_path))
     assert isinstance(trainer, FiniteTrainer) and trainer.state.global_step == 6
+
+
+def test_the_rate_where_none_is_given_is_the_methods_and_falls_with_the_width():
+    by = rankwise.methods.by_name
+    assert by("lora").rate_for(None) == by("cut").rate_for(None) == 1e-3
+    assert by("full").rate_for(None) == 1e-4  # "LoRA Without Regret": a tenth of LoRA's
+    rates = {width: by("lora").rate_for(LlamaConfig(hidden_size=width)) for width in (384, 4096)}
+    # its fit for Llama, 5e-4 (2000 / width)^0.781, gives 2.9e-4 at 4,096
+    assert rates[384] == 1e-3 and rates[4096] == pytest.approx(2.9e-4, rel=0.2)

@@ -21,6 +21,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import (
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -83,6 +84,15 @@ class Source:
     attn_implementation: str | None = None
     dtype: str | None = None
 
+    def config(self) -> PretrainedConfig:
+        """The model's configuration. Raises ModelError where it cannot be loaded."""
+        return tasks.load_config(
+            self.name_or_path,
+            gguf_file=self.gguf_file,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+        )
+
 
 @dataclass(frozen=True)
 class Job:
@@ -142,6 +152,11 @@ class Job:
             **self.trainer,
         }
 
+    def at_rate(self, rate: float | None, method: Method) -> "Job":
+        """The same at a learning rate; at the method's usual one where that is None."""
+        rate = method.rate_for(self.source.config()) if rate is None else rate
+        return replace(self, args=replaced(self.args, learning_rate=rate))
+
     def arguments(self, folder: Path) -> TrainingArguments:
         """The TrainingArguments of a stage that works in this folder."""
         return replaced(self.args, output_dir=str(folder))
@@ -193,8 +208,9 @@ def fit(
             a DataFrame, a list of dicts), or what `tasks.load_task` gave.
         model: hub id or folder of the base model, or a `Source`.
         output_dir: new or empty folder for the results.
-        args: TrainingArguments; None is 3 epochs of AdamW at 1e-4, batch 32, warmed up over 6 % of
-            the steps. Its `output_dir` is not used.
+        args: TrainingArguments; None is 3 epochs of AdamW at the method's usual learning rate
+            (1e-3 for LoRA's kind; `Method.rate_for`), batch 32, warmed up over 6 % of the steps.
+            Its `output_dir` is not used.
         max_length: tokens; longer rows are cut.
         eval_split: rows that the figures come from: "validation", "test", or "auto", which is test
             where it has labels.
@@ -218,7 +234,9 @@ def fit(
     _check_options(method, more)
     check_output(output_dir, overwrite_output_dir, resume_from_checkpoint)
     source = model if isinstance(model, Source) else Source(str(model))
-    args = labelled(args or default_arguments(str(output_dir)))
+    if args is None:
+        args = default_arguments(str(output_dir), method.rate_for(source.config()))
+    args = labelled(args)
     task = data if isinstance(data, tasks.Task) else _task(data, args.seed, more)
     job = load_job(task, source, args, max_length, eval_split)
     base = check(method, job)

@@ -414,10 +414,11 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def default_arguments(scratch: str) -> TrainingArguments:
+def default_arguments(scratch: str, rate: float) -> TrainingArguments:
+    """What a training is done with where the user gives no TrainingArguments."""
     return TrainingArguments(
         output_dir=scratch,
-        learning_rate=1e-4,
+        learning_rate=rate,
         num_train_epochs=3,
         per_device_train_batch_size=32,
         warmup_steps=0.06,

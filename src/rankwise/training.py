@@ -58,8 +58,9 @@ def search(
         task_type: PEFT's; None infers it from the model's class. It decides which head is trained
             along with the factors.
         args: the search's own TrainingArguments: learning rate of the parameters, epochs, batch
-            size, precision, checkpoints, logging. None is 3 epochs of AdamW at 1e-4, batch 32,
-            warmed up over 6 % of the steps.
+            size, precision, checkpoints, logging. None is 3 epochs of AdamW at the method's usual
+            learning rate (1e-3 for LoRA's kind; `Method.rate_for`), batch 32, warmed up over 6 % of
+            the steps.
         trainer_class: another library's Trainer, TRL's SFTTrainer for example, which prepares the
             rows (`prompt`/`completion`, `messages`, packing) and computes the loss; `args` are its.
         resume_from_checkpoint: a checkpoint folder of an earlier, interrupted search, or True for
@@ -84,7 +85,9 @@ def search(
     method, options = with_options(method, options)
     _check_weights(model)
     with TemporaryDirectory() as scratch:
-        args = method.arguments(args or default_arguments(scratch))
+        if args is None:
+            args = default_arguments(scratch, method.rate_for(getattr(model, "config", None)))
+        args = method.arguments(args)
         fraction = validation_fraction or method.held_out_share
         _check_rows(model, train_dataset, trainer_class)
         data = two_sets(train_dataset, validation_dataset, fraction, args.seed)

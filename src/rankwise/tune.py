@@ -24,7 +24,7 @@ from rankwise.rows import hold_out
 from rankwise.trainer import replaced
 
 HELD_OUT, MOST = 0.1, 1000  # share of the training rows that judges, and how many at most
-FIRST = (1, 3, 10, 30)  # times the given rate: tried before anything is proposed
+FIRST = (1, 3, 1 / 3, 10)  # times the given rate: tried before anything is proposed
 LOOKS = 4  # at each trial: after a quarter of its steps, ...
 WAIT = 0.5  # seconds between two looks at what other processes do
 

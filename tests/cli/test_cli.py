@@ -58,6 +58,14 @@ def metrics_of(folder: Path) -> dict:
     return json.loads((folder / "metrics.json").read_text())
 
 
+def test_without_a_rate_each_method_trains_at_its_usual_one(base, tmp_path):
+    flags = [f for f in for_train(base) if f not in ("--learning_rate", "1e-2")]
+    main(["run", "--method=lora", *flags, "--control", "full", "--output_dir", f"{tmp_path}/o"])
+    record = metrics_of(tmp_path / "o")
+    rates = [part["training"]["learning_rate"] for part in (record, *record["controls"])]
+    assert rates == [1e-3, 1e-4]
+
+
 def evaluated(folder: Path) -> dict:
     """What `rankwise evaluate` has to print of a run."""
     found = metrics_of(folder)

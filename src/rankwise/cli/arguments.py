@@ -66,7 +66,11 @@ class DataArguments:
 class FitArguments:
     """Training, with transformers' names and meanings."""
 
-    learning_rate: float = flag(1e-4, "AdamW's learning rate of factors and head")
+    learning_rate: float | None = flag(
+        None,
+        "AdamW's learning rate of factors and head; without it, what is usual for the method (1e-3 "
+        "for LoRA's kind), less for models wider than 1,024",
+    )
     num_train_epochs: float = flag(3.0, "passes over the training rows")
     max_steps: int = flag(-1, "optimizer steps; overrides num_train_epochs")
     per_device_train_batch_size: int = flag(32, "rows per device and forward pass")

@@ -161,6 +161,8 @@ def training_arguments(fit: FitArguments) -> "TrainingArguments":
     for key, value in extra.items():
         if (wanted := _mistyped(value, kinds.get(key, Any))) is not None:
             raise RankwiseError(f"--training_arguments: {key} is {value!r}; it has to be {wanted}")
+    if fit.learning_rate is None:  # Job.at_rate sets it, once the method is known
+        del values["learning_rate"]
     if values.pop("group_by_length"):
         values["train_sampling_strategy"] = "group_by_length"
     common = {

@@ -53,7 +53,8 @@ def run(
 
     resume = output.resume_from_checkpoint
     check_output(target, output.overwrite_output_dir, resume)
-    job = load(command, model, data, fit, decoding)
+    given = load(command, model, data, fit, decoding)
+    job = given.at_rate(fit.learning_rate, method)
     from rankwise import job as jobs
     from rankwise.cli.launched import is_first
     from rankwise.cli.show import report, say
@@ -75,9 +76,9 @@ def run(
         say("this run is finished already")
         show(Result.load(Path(target) / "metrics.json"), Path(target))
         return Path(target)
-    given, search = job, Path(f"{target}.tune")
+    search = Path(f"{target}.tune")
     if tuning is not None:
-        job = _tuned(method, given, search, tuning)
+        job = _tuned(method, job, search, tuning)
         taken = _take_over(search)  # held to the end of this function
         if taken is None:
             say("the learning rate is chosen; another process trains with it")
@@ -90,7 +91,8 @@ def run(
     for number, (arm, (name, flags)) in enumerate(wanted.items(), 2):
         control = _control(name, flags, method, ours.lora_parameters)
         say(f"{number}/{count} {control.title}, on the same rows")
-        found = _train_control(control, method, given, work, arm, resume, tuning, search)
+        rated = given.at_rate(fit.learning_rate, control)
+        found = _train_control(control, method, rated, work, arm, resume, tuning, search)
         if found is not None:
             results.append(found)
     results = [*ours.controls, *results]  # its own rivals first

@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
 
     resume = output.resume_from_checkpoint
     check_output(target, output.overwrite_output_dir, resume)
-    job = load("search", model, data, fit)
+    job = load("search", model, data, fit).at_rate(fit.learning_rate, method)
     from rankwise import job as jobs
     from rankwise.cli.run import show
     from rankwise.cli.show import report, say

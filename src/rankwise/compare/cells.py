@@ -37,7 +37,8 @@ class Cell:
     Attributes:
         name: of its file, without .json.
         task, method: of the recipe.
-        fit: training flags; the learning rate is the first of `rates` until one is chosen.
+        fit: training flags; the learning rate is the first of the method's until one is chosen,
+            None for the usual one.
         data_seed: draws the rows, the same for every seed.
         held_out: share of the training rows that judges a rate; None for a cell that counts.
         rates: cells that judge a rate each, by rate; empty where there is nothing to choose.
@@ -123,14 +124,14 @@ def _cell(
     if "num_train_epochs" in tune:
         tune.setdefault("max_steps", -1)  # steps of the whole training would override them
     flags = {**recipe.training, **task.training, **(tune if held_out is not None else {})}
-    fit = FitArguments(**flags, learning_rate=rates[0], seed=seed)
+    fit = FitArguments(**flags, learning_rate=rates[0] if rates else None, seed=seed)
     spec: dict[str, Any] = {
         "model": _model(recipe.model),
         "task": {"label": task.label, **_data(task.data)},
         "method": {"label": method.label, **_method(method)},
         "training": {k: v for k, v in asdict(fit).items() if k not in {*_FREE, "learning_rate"}},
         "data_seed": recipe.seeds[0],
-        "rates": list(rates),
+        "rates": list(rates) or {"usual": method.method.rate_for(None)},
         "judged_by": sorted((judged or {}).values()),
         "held_out": held_out,
         "size_of": size_of,

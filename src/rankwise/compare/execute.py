@@ -105,8 +105,8 @@ def _run(recipe: Recipe, cell: Cell, folder: Path, work: Path, workers: int) -> 
     return replace(result, about=result.about | about)
 
 
-def _rate(cell: Cell, folder: Path) -> tuple[float, dict[str, float | str]]:
-    """The learning rate, and what each one that was tried scored on held-out training rows.
+def _rate(cell: Cell, folder: Path) -> tuple[float | None, dict[str, float | str]]:
+    """The learning rate, None for the usual one, and what each that was tried scored held out.
 
     Raises:
         RankwiseError: no rate worked. RuntimeError: one was never tried to the end.
@@ -143,12 +143,12 @@ def _sized(cell: Cell, folder: Path) -> Method:
     return cell.method.method.with_flags(budget=found.lora_parameters)
 
 
-def cell_job(recipe: Recipe, cell: Cell, rate: float, most: int | None = None) -> Job:
+def cell_job(recipe: Recipe, cell: Cell, rate: float | None, most: int | None = None) -> Job:
     """The rows and the model of a cell.
 
     Args:
         recipe, cell: which.
-        rate: learning rate.
+        rate: learning rate; None is the method's usual one.
         most: use no more rows of a split: for a look at whether it can work.
 
     Raises:
@@ -173,6 +173,7 @@ def cell_job(recipe: Recipe, cell: Cell, rate: float, most: int | None = None) -
     args = replaced(training_arguments(fit), disable_tqdm=True)
     of_rows = data.max_length, split
     job = load_job(task, source(recipe.model), args, *of_rows, "compare", recipe.decoding)
+    job = job.at_rate(rate, cell.method.method)
     if cell.held_out is None:
         return job
     # the loss judges a rate: no need for texts

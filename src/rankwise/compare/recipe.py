@@ -49,7 +49,8 @@ class MethodEntry:
         method: with its flags.
         given: the flags that the recipe gives.
         same_size_as: label of the method whose parameters are this one's budget, or None.
-        rates: learning rates that are tried; one is taken as it is.
+        rates: learning rates that are tried; one is taken as it is, and without any the one that
+            is usual for the method.
     """
 
     label: str
@@ -113,7 +114,8 @@ def read_recipe(path: str | Path, data_dir: str | None = None, model: str | None
         raise RankwiseError(f"{where}: training has a seed; give seeds: [...] beside it")
     if rates and "learning_rate" in training:
         raise RankwiseError(f"{where}: training has a learning_rate, and rates are given too")
-    rates = rates or (training.pop("learning_rate", FitArguments().learning_rate),)
+    if "learning_rate" in training:
+        rates = (training.pop("learning_rate"),)
     tune = _tune(where, _mapping(where, raw, "tune"))
     generation = _mapping(where, raw, "generation")
     decoding = Decoding(**read_values(f"{where}: generation", Decoding(), generation))
@@ -259,7 +261,7 @@ def _methods(where: str, given: Any, rates: tuple[float, ...], budget: Any) -> l
         _known(here, f"flag of {name}", about, [*known, *ours])
         flags = read_values(here, like, {k: v for k, v in about.items() if k not in ours})
         own = tuple(_numbers(here, "rates", about["rates"], float)) if "rates" in about else rates
-        if len(own) != len(rates):
+        if len(own) != len(rates) and (rates or len(own) > 1):
             raise RankwiseError(
                 f"{here}: {len(own)} rates, where the recipe has {len(rates)}; every method is "
                 "given as many"

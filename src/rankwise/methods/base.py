@@ -92,6 +92,7 @@ class Kept:
     found: Any = None
 
 
+_NARROW = 1024  # hidden units, up to which the usual rates hold as they are
 _SLOTS: set[str] = set()  # no flag may have the name of a slot
 
 
@@ -107,6 +108,7 @@ class Method:
         chooses: whether `keep` needs held-out rows.
         takes_validation: whether the task's validation rows choose, where they are not the ones
             that are evaluated; else a share of the training rows does.
+        usual_rate: AdamW's learning rate where the user gives none; see `rate_for`.
         resumable: whether a checkpoint of its training can be gone on with.
         product: name of the folder that `hand_over` writes.
         stock: who reads that without rankwise: "peft", "transformers", or "" for nobody.
@@ -130,6 +132,7 @@ class Method:
     anew: ClassVar[bool] = False
     chooses: ClassVar[bool] = False
     takes_validation: ClassVar[bool] = False
+    usual_rate: ClassVar[float] = 1e-3
     resumable: ClassVar[bool] = True
     product: ClassVar[str] = "adapter"
     stock: ClassVar[str] = "peft"
@@ -138,6 +141,24 @@ class Method:
     def held_out_share(self) -> float:
         """Share of the training rows that the method chooses on, where it chooses."""
         return float(getattr(self, "validation_fraction", 0.1))
+
+    def rate_for(self, config: Any) -> float:
+        """The learning rate where the user gives none.
+
+        It is `usual_rate` for models up to 1,024 wide (docs/tune.md has what was measured), and
+        falls as width^-0.78 from there on: "LoRA Without Regret" (Schulman et al., 2025) fits this
+        exponent to the best rates of Llama models, of LoRA and of full fine-tuning alike.
+
+        Args:
+            config: the base model's; a model without `hidden_size` counts as narrow.
+
+        Example:
+            >>> LoRA().rate_for(AutoConfig.from_pretrained("meta-llama/Llama-3.1-8B"))  # 4,096 wide
+            0.00034
+        """
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        width = getattr(text, "hidden_size", None) or _NARROW
+        return float(f"{self.usual_rate * min(1.0, (_NARROW / width) ** 0.78):.2g}")
 
     def describe(self) -> dict[str, Any]:
         """The class and its flags, as JSON holds them; of a path the last part alone."""

@@ -156,6 +156,11 @@ class DyLoRA(LoraMethod):
         rng = np.random.default_rng([seed, step])
         return int(rng.choice(list(probabilities), p=list(probabilities.values())))
 
+    def rate_for(self, config: Any) -> float:
+        # in frozen mode one row and column moves a step: docs/dylora.md's sweep has it at 3e-3
+        rate = super().rate_for(config)
+        return 3 * rate if self.frozen else rate
+
     def arguments(self, args: "TrainingArguments") -> "TrainingArguments":
         from transformers.training_args import OptimizerNames
 

@@ -23,6 +23,7 @@ class FullFineTuning(Method):
     """
 
     title: ClassVar[str] = "full fine-tuning"
+    usual_rate: ClassVar[float] = 1e-4
     product: ClassVar[str] = "model"
     stock: ClassVar[str] = "transformers"
 

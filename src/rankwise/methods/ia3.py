@@ -35,6 +35,7 @@ class IA3(Method):
 
     title: ClassVar[str] = "IA3"
     source: ClassVar[str] = "arXiv 2205.05638"
+    usual_rate: ClassVar[float] = 1e-2
 
     target_modules: tuple[str, ...] | None = flag(
         None, "modules to scale, by name or suffix; without it, those of the model's type"

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 class _Virtual(Method):
     """What the three with virtual tokens in front of a row share."""
 
+    usual_rate: ClassVar[float] = 1e-2
+
     num_virtual_tokens: int = flag(20, "trained vectors in front of every row")
 
     def __post_init__(self) -> None:
@@ -180,6 +182,7 @@ class LlamaAdapter(Method):
 
     title: ClassVar[str] = "LLaMA-Adapter"
     source: ClassVar[str] = "arXiv 2303.16199"
+    usual_rate: ClassVar[float] = 1e-2
 
     adapter_len: int = flag(10, "prompts in a layer")
     adapter_layers: int | None = flag(None, "layers, from the top; without it, 30 or all there are")

@@ -11,7 +11,7 @@ from rankwise.tasks.kinds import KINDS, from_description
 from rankwise.tasks.known import KNOWN
 from rankwise.tasks.load import load_task
 from rankwise.tasks.metrics import METRICS, Metric
-from rankwise.tasks.models import load_model, load_tokenizer
+from rankwise.tasks.models import load_config, load_model, load_tokenizer
 from rankwise.tasks.regression import Regression
 from rankwise.tasks.tagging import Tagging
 
@@ -28,6 +28,7 @@ __all__ = [
     "Tagging",
     "Task",
     "from_description",
+    "load_config",
     "load_model",
     "load_task",
     "load_tokenizer",

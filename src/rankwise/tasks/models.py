@@ -12,7 +12,7 @@ from rankwise.tasks.base import Task
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # What transformers raises for a missing, foreign or damaged model, or a package it lacks.
 _LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
@@ -62,6 +62,34 @@ def load_tokenizer(
     return tokenizer
 
 
+def load_config(
+    model_name_or_path: str | Path,
+    *,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **more: Any,
+) -> PretrainedConfig:
+    """The model's configuration, without its weights.
+
+    Args:
+        model_name_or_path, gguf_file, revision, trust_remote_code: as `load_tokenizer`.
+        **more: values that it takes instead of the model's own.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    options = _options(gguf_file=gguf_file, revision=revision)
+    try:
+        return AutoConfig.from_pretrained(
+            str(model_name_or_path), trust_remote_code=trust_remote_code, **options, **more
+        )
+    except _LOAD_ERRORS as error:
+        raise _not_loaded("configuration", model_name_or_path, error) from error
+
+
 def load_model(
     task: Task,
     model_name_or_path: str | Path,
@@ -101,7 +129,7 @@ def load_model(
         # Newer releases leave the weights packed where they can, and mark them as no good to train.
         loading["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        config = transformers.AutoConfig.from_pretrained(name, **source, **task.head())
+        config = load_config(name, **source, **task.head())
         _check_decoder(task, name, config)
         model, info = getattr(transformers, task.auto_class).from_pretrained(
             name, config=config, output_loading_info=True, **source, **loading
