@@ -1,7 +1,7 @@
-"""Sums up experiments/results/cut: the tables of docs/cut.md and README.md, and their figure.
+"""Sums up experiments/results/cut: the tables of docs and README.md, and their figure.
 
-python experiments/cut_summary.py    writes results/cut-summary.json, docs/cut.md, docs/cut.png and
-                                     README.md
+python experiments/cut_summary.py    writes results/cut-summary.json, docs/cut.md, docs/cut.png,
+                                     docs/compare.md and README.md
 """
 
 import json
@@ -14,7 +14,11 @@ from summary import replace_block
 from rankwise.files import temporary_name, write_json, write_text
 
 HERE = Path(__file__).parent
-PAGES = {"cut": HERE.parent / "docs" / "cut.md", "cut-short": HERE.parent / "README.md"}
+PAGES = {
+    "cut": HERE.parent / "docs" / "cut.md",
+    "cut-short": HERE.parent / "README.md",
+    "rates": HERE.parent / "docs" / "compare.md",
+}
 SUMMARY = HERE / "results" / "cut-summary.json"
 SIZES = (4, 8, 16, 32, 64)
 ORDERS = (
@@ -37,9 +41,10 @@ MARGIN = 0.01
 def main() -> None:
     found = summarise(load())
     write_json(SUMMARY, found)
+    blocks = {"cut": tables, "cut-short": short_table, "rates": rates_table}
     for block, page in PAGES.items():
-        table = tables(found) if block == "cut" else short_table(found)
-        write_text(page, replace_block(page.read_text(encoding="utf-8"), block, table))
+        text = replace_block(page.read_text(encoding="utf-8"), block, blocks[block](found))
+        write_text(page, text)
     draw(found, HERE.parent / "docs" / "cut.png")
 
 
@@ -55,13 +60,14 @@ def load() -> dict[str, list[dict[str, Any]]]:
 
 def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """By task, means over seeds; over tasks, means of the loss that a cut gives up."""
-    tasks = {task: one_task(seeds) for task, seeds in runs.items()}
+    tasks = {task: one_task(seeds) | {"trained": trained(seeds)} for task, seeds in runs.items()}
     given_up = {
         order: {s: statistics.mean(t["given_up"][order][s] for t in tasks.values()) for s in NAMES}
         for order in ORDERS
     }
     return {
         "tasks": tasks,
+        "rates": rates(),
         "given_up": given_up,
         "saved_at_16": 1 - given_up[OURS]["16"] / given_up[CONTROL]["16"],
         "below_control": {
@@ -72,6 +78,39 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 NAMES = tuple(map(str, SIZES))
+
+
+def trained(seeds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the seeds that have every arm with a training of its own that the first seed has."""
+    wanted = {*TRAINED_ON, *SCRATCH} & set(seeds[0]["arms"])
+    found = one_task([run for run in seeds if wanted <= set(run["arms"])])
+    shown = (OURS, *TRAINED_ON)
+    values = {key: {a: v for a, v in found[key].items() if a in shown} for key in ("score", "loss")}
+    return {key: found[key] for key in ("metric", "seeds", "all pieces", "scratch")} | values
+
+
+def rates() -> dict[str, Any]:
+    """What LoRA of rank 8 scores on held-out training rows at each learning rate, by task."""
+    found: dict[str, Any] = {}
+    for path in sorted((HERE / "results" / "cut" / "tune").glob("*-all-pieces-seed0-*.json")):
+        run = json.loads(path.read_text())
+        about = found.setdefault(path.name.partition("-")[0], {"metric": run["metrics"][0]})
+        about[f"{run['learning_rate']:g}"] = run.get("held_out")
+    return found
+
+
+def rates_table(found: dict[str, Any]) -> str:
+    """By task, the metric in points and the loss at each rate."""
+    names = ("0.0001", "0.001", "0.003")
+    lines = [
+        f"| task, metric | {' | '.join(f'{float(name):.0e}' for name in names)} |",
+        "| --- |" + " ---: |" * len(names),
+    ]
+    for task, by_rate in found["rates"].items():
+        runs = (by_rate[name] for name in names)
+        cells = [f"{100 * run[by_rate['metric']]:.1f} / {run['loss']:.3f}" for run in runs]
+        lines.append(f"| {task}, {by_rate['metric'].replace('_', ' ')} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def one_task(seeds: list[dict[str, Any]]) -> dict[str, Any]:
@@ -159,10 +198,10 @@ def trained_table(found: dict[str, Any]) -> str:
         "Metric in points / loss, where a training follows the cut or takes its place:",
         "",
         "| task | all | 1/8 by data | healed | half-way | from scratch, r=1 | AdaLoRA "
-        "| 1/32 by data | healed | half-way | query and value, r=1 |",
-        "| --- |" + " ---: |" * 10,
+        "| 1/32 by data | healed | half-way | query and value, r=1 | seeds |",
+        "| --- |" + " ---: |" * 11,
     ]
-    for task, t in found["tasks"].items():
+    for task, t in ((task, t["trained"]) for task, t in found["tasks"].items()):
         score, loss = t["score"], t["loss"]
 
         def cell(arm: str, size: str, score: Any = score, loss: Any = loss) -> str:
@@ -184,6 +223,7 @@ def trained_table(found: dict[str, Any]) -> str:
             cell("by data, healed", "32"),
             cell("by data, half-way", "32"),
             scratch("query and value, r=1"),
+            str(len(t["seeds"])),
         ]
         lines.append(f"| {task} | {' | '.join(cells)} |")
     return "\n".join(lines)

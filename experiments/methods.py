@@ -113,7 +113,8 @@ def table(found: dict[str, Any]) -> str:
         "| name | method | rate | accuracy | trained parameters | cost, LoRA = 1 |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
-    for name, run in found.items():
+    for name in filter(found.__contains__, rankwise.METHODS):
+        run = found[name]
         if "refused" in run:
             lines.append(f"| `{name}` | {run['refused']} | | | | |")
             continue

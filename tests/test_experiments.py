@@ -131,4 +131,5 @@ def test_pages_hold_the_tables_of_the_cut():
     saved = json.loads((ROOT / "experiments/results/cut-summary.json").read_text())
     assert_close(json.loads(json.dumps(found)), saved)
     assert cut.tables(saved) in (ROOT / "docs" / "cut.md").read_text(encoding="utf-8")
+    assert cut.rates_table(saved) in (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
     assert cut.short_table(saved) in (ROOT / "README.md").read_text(encoding="utf-8")
