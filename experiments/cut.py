@@ -10,13 +10,14 @@ what the orders by data see. Beside them:
 
 - from scratch: rank 1 of all linear layers (1/8 of the parameters) and of query and value (about
   1/36), and AdaLoRA from 2 pieces a module to 1, each for as many steps;
-- healed: the cut trained on, for a tenth of the steps;
+- healed: the cut trained on, for a tenth of the steps; or its head alone, the factors frozen;
 - half-way: half of the steps at rank 8, the order and the cut, the other half at the cut's ranks.
 
-One JSON file a task and seed in experiments/results/cut/; files that are there are skipped, arms
-that a file lacks are added, so that the grid can be stopped and started again. Learning rates are
-the best in the files that `--tune` writes, judged on those 400 rows, one seed; an arm without such
-a file takes that of LoRA at rank 8.
+With --r 16 another rank is cut, trained at the rate of rank 8. One JSON file a task and seed in
+experiments/results/cut/; files that are there are skipped, arms that a file lacks are added, so
+that the grid can be stopped and started again. Learning rates are the best in the files that
+`--tune` writes, judged on those 400 rows, one seed; an arm without such a file takes that of LoRA
+at rank 8.
 """
 
 import argparse
@@ -64,7 +65,9 @@ SCRATCH: dict[str, LoRA | AdaLoRA] = {
 HEALED = {
     "by data, healed": "by data, seven looks",
     "one threshold on σ, healed": "one threshold on σ",
+    "by data, head re-fitted": "by data, four looks",
 }
+HEAD_ALONE = {"by data, head re-fitted"}
 HEAL_SHARE, HEALED_SIZES = 0.1, (8, 16, 32, 64)
 HALFWAY, HALFWAY_SIZES = "by data, half-way", (8, 32)
 
@@ -93,6 +96,7 @@ def main() -> None:
     parser = grid.flags(__doc__, GRID)
     parser.add_argument("--tune", action="store_true", help="sweep the learning rate instead")
     parser.add_argument("--arms", nargs="*", help="these alone (of a sweep: methods from scratch)")
+    parser.add_argument("--r", type=int, default=LoRA().r, help="rank of what is cut")
     parser.add_argument("--adapters", type=Path, default=Path("runs/cut"), help="trained ones")
     args = parser.parse_args()
     logging.set_verbosity_error()
@@ -154,9 +158,13 @@ def trained(job: Job, method: LoraMethod, callbacks: Sequence[TrainerCallback] =
     return trainer
 
 
-def trained_on(job: Job, folder: Path, steps: int, rate: float) -> Trainer:
-    """The trainer of an adapter on disk after more steps, warmed up anew and down to zero."""
+def trained_on(job: Job, folder: Path, steps: int, rate: float, head: bool = False) -> Trainer:
+    """The trainer of an adapter on disk after more steps, warmed up anew and down to zero; with
+    `head` of the task's head alone."""
     model = PeftModel.from_pretrained(job.fresh_model(), str(folder), is_trainable=True)
+    if head:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and "lora_" not in name)
     args = replaced(job.args, max_steps=steps, learning_rate=rate)
     trainer = FiniteTrainer(model, args, train_dataset=two_sets(job).train, **job.options())
     run_training(trainer, None)
@@ -205,7 +213,8 @@ def best_rate(name: str, arm: str) -> float:
 
 def fill(name: str, seed: int, args: argparse.Namespace) -> None:
     """Adds the arms that a task's result file lacks."""
-    target, recipe = RESULTS / f"{name}-seed{seed}.json", GRID[name]
+    label = name if args.r == LoRA().r else f"{name}-r{args.r}"
+    target, recipe = RESULTS / f"{label}-seed{seed}.json", GRID[name]
     found: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
     rates = {arm: best_rate(name, arm) for arm in (WHOLE, *SCRATCH)}
     if found and (found["recipe"] != asdict(recipe) or found["rates"][WHOLE] != rates[WHOLE]):
@@ -220,16 +229,16 @@ def fill(name: str, seed: int, args: argparse.Namespace) -> None:
         "recipe": asdict(recipe),
         "seed": seed,
         "model": Path(args.model).name,
-        "r": LoRA().r,
+        "r": args.r,
         "train_rows": len(job.train_rows) - ORDER_ROWS,
         "order_rows": ORDER_ROWS,
         "evaluation_rows": len(job.evaluation),
         "rates": rates,
         "arms": {},
     }
-    folder = args.adapters / f"{name}-seed{seed}-lr{rates[WHOLE]:g}"
+    folder = args.adapters / f"{label}-seed{seed}-lr{rates[WHOLE]:g}"
     if WHOLE not in found["arms"]:
-        trainer = trained(job, LoRA())
+        trainer = trained(job, LoRA(r=args.r, lora_alpha=2 * args.r))
         found["steps"] = trainer.state.global_step
         found["arms"][WHOLE] = evaluate(job, trainer)
         if not folder.exists():
@@ -245,12 +254,12 @@ def fill(name: str, seed: int, args: argparse.Namespace) -> None:
 def run_arm(arm: str, job: Job, folder: Path, found: dict[str, Any]) -> dict[str, Any]:
     """The metrics of one arm; by the size's denominator where it is cut to several."""
     if arm in SCRATCH:
-        rate = found["rates"][arm] = best_rate(Path(folder).name.partition("-seed")[0], arm)
+        rate = found["rates"][arm] = best_rate(Path(folder).name.partition("-")[0], arm)
         trainer = trained(replace(job, args=replaced(job.args, learning_rate=rate)), SCRATCH[arm])
         size = sum(p.numel() for n, p in trainer.model.named_parameters() if "lora_" in n)
         return {"parameters": size, **evaluate(job, trainer)}
     if arm in HEALED:
-        return healed(HEALED[arm], job, folder, found["steps"])
+        return healed(HEALED[arm], job, folder, found["steps"], arm in HEAD_ALONE)
     return halfway(job, found["steps"]) if arm == HALFWAY else cuts(arm, job, folder)
 
 
@@ -278,14 +287,15 @@ def cuts(name: str, job: Job, folder: Path) -> dict[str, Any]:
     return found
 
 
-def healed(name: str, job: Job, folder: Path, steps: int) -> dict[str, Any]:
+def healed(name: str, job: Job, folder: Path, steps: int, head: bool) -> dict[str, Any]:
     """An order's cuts, each trained on for a share of the steps, at the rate of the training."""
     by, found = ordered(name, job, loaded(job, folder), Adapter.load(folder)), {}
     with tempfile.TemporaryDirectory() as scratch:
         for size in HEALED_SIZES:
             small = by.cut(by.adapter.parameters // size)
             small.save(cut := Path(scratch) / f"{size}")
-            trainer = trained_on(job, cut, round(steps * HEAL_SHARE), job.args.learning_rate)
+            more, rate = round(steps * HEAL_SHARE), job.args.learning_rate
+            trainer = trained_on(job, cut, more, rate, head)
             found[str(size)] = {"parameters": small.parameters, **evaluate(job, trainer)}
     return found
 
