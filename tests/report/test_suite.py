@@ -39,6 +39,20 @@ def test_differences_are_paired_by_task_and_seed(tmp_path):
     assert compared.mean == pytest.approx((1.5 - 1.0) / 2)
 
 
+def test_every_figure_of_a_task_is_told(tmp_path):
+    records = both("a", 0, 0.8, 0.9) + both("a", 1, 0.6, 0.9)
+    for found, f1 in zip(records, (0.5, 0.25, 0.7, 0.75), strict=True):
+        found["task"]["metrics"] = ["accuracy", "f1"]
+        found["metrics"]["f1"] = f1
+    (part,) = (p for p in sections(loaded(tmp_path, records), "") if p.title == "Every figure")
+    ((caption, table),) = part.tables
+    assert caption == "a" and table.head == ["method", "accuracy", "f1", "loss"]
+    texts = [[text for text, _ in row] for row in table.rows]
+    # sd of two values: their distance over the root of 2
+    assert texts[0] == ["lora", "70.0 ± 14.1", "60.0 ± 14.1", "0.500 ± 0.000"]
+    assert texts[1] == ["ours", "90.0 ± 0.0", "50.0 ± 35.4", "0.500 ± 0.000"]
+
+
 def test_a_falling_metric_counts_the_other_way_and_an_endless_one_not_at_all(tmp_path):
     records = [
         *both("a", 0, 0.8, 0.9),

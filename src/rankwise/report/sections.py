@@ -72,6 +72,7 @@ def sections(suite: Suite, command: str) -> list[Section]:
     compared = of.comparisons(suite)
     parts = [
         _quality(suite),
+        _figures(suite),
         _differences(compared),
         _over_parameters(suite),
         _costs(compared),
@@ -147,6 +148,44 @@ def _quality(suite: Suite) -> Section:
     )
     notes.append(f"Evaluated on {'; '.join(_evaluated(suite, task) for task in suite.tasks)}.")
     return Section("Quality", text, (("", Table(head, rows)),), notes=tuple(notes))
+
+
+def _figures(suite: Suite) -> Section | None:
+    """Every figure of each task and the loss: the main metric may hide what another shows."""
+    tables = []
+    for task in suite.tasks:
+        arms = {
+            arm.label: [r for (where, _), r in sorted(arm.results.items()) if where == task]
+            for arm in suite.arms
+        }
+        arms = {label: results for label, results in arms.items() if results}
+        every = [result for results in arms.values() for result in results]
+        asked = dict.fromkeys([*every[0].task["metrics"], "loss"])
+        names = [name for name in asked if all(name in r.metrics for r in every)]
+        if len(names) < 2:
+            continue
+        rows = [
+            [(label, label.lower()), *(_spread(results, name) for name in names)]
+            for label, results in arms.items()
+        ]
+        head = ["method", *(name.replace("_", " ") for name in names)]
+        tables.append((task, Table(head, rows)))
+    if not tables:
+        return None
+    text = (
+        "Every figure of each task and the loss, mean ± standard deviation over all its seeds: in "
+        "points where a figure has a best value, else as it is."
+    )
+    return Section("Every figure", text, tuple(tables))
+
+
+def _spread(results: Sequence[Result], metric: str) -> tuple[str, Any]:
+    """A figure's mean over results, ± its standard deviation where there are several."""
+    factor = of.scale(metric)
+    found = spread([result.metrics[metric] * (factor or 1.0) for result in results])
+    digits = 3 if factor is None else 1
+    sd = f" ± {found['sd']:.{digits}f}" if len(results) > 1 else ""
+    return f"{found['mean']:.{digits}f}{sd}", found["mean"]
 
 
 def _evaluated(suite: Suite, task: str) -> str:
