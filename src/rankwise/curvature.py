@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 
 from rankwise.adapter import Factors
 from rankwise.errors import DataError, DivergedError, ModelError
+from rankwise.fourbit import keep_gradients
 from rankwise.lora import ADAPTER, b_slot, factors, layers_of
 
 Kind = Literal["regression", "classification", "multi-label", "tokens", "causal"]
@@ -116,6 +117,7 @@ def collect(
     """
     kind = kind or kind_of(model)
     mine = read(model)
+    keep_gradients(model)
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     total: Statistics | None = None

@@ -74,6 +74,7 @@ class Source:
         revision: branch, tag or commit on the hub.
         trust_remote_code: whether code that it brings along may run.
         attn_implementation, dtype: as transformers takes them; None is its own choice.
+        load_in_4bit: whether the frozen weights are kept in 4 bits, see `rankwise.fourbit`.
     """
 
     name_or_path: str
@@ -82,6 +83,7 @@ class Source:
     trust_remote_code: bool = False
     attn_implementation: str | None = None
     dtype: str | None = None
+    load_in_4bit: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class Job:
     def fresh_model(self) -> PreTrainedModel:
         """The base model with a new head, the same one every time for the same seed."""
         set_seed(self.args.seed)
-        about = vars(self.source) | {}
+        about = vars(self.source) | {"device": self.args.device}
         return tasks.load_model(
             self.task, about.pop("name_or_path"), tokenizer=self.tokenizer, **about
         )
@@ -609,6 +611,7 @@ def describe_adapter(job: Job, folder: Path, method: Method) -> None:
     """Writes beside an adapter what its task was, for `rankwise evaluate`."""
     about = job.task.describe() | {"max_length": job.max_length, "method": method.describe()}
     about["gguf_file"] = job.source.gguf_file
+    about["load_in_4bit"] = job.source.load_in_4bit
     base = job.source.name_or_path
     if not Path(base).exists():  # of a folder, PEFT's own config alone says where
         about["base"] = base
@@ -652,6 +655,7 @@ def _record(
             "threads": torch.get_num_threads(),
             "resumed": found["resumed"],
             "max_length": job.max_length,
+            "load_in_4bit": job.source.load_in_4bit,
             "versions": {p: version(p) for p in ("rankwise", "torch", "transformers", "peft")},
             **job.about,
             **found["generation"],

@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from rankwise.errors import CheckpointError, DivergedError, RankwiseError
 from rankwise.files import write_json
+from rankwise.fourbit import keep_gradients
 from rankwise.reading import as_json, read_json
 
 FEW_BATCHES = 8  # too few for the standard error of a mean over batches
@@ -70,6 +71,7 @@ class FiniteTrainer(Trainer):
         **trainer: Any,
     ):
         super().__init__(model, args=args, **trainer)  # the second positional is not args in all
+        keep_gradients(model)  # evaluations in between would take those of a 4-bit base
         self.configuration = configuration
         self._good: str | None = None  # the last checkpoint of this run
         self._batch_losses: list[Tensor] = []

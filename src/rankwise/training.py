@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, SchedulerType, Trainer, TrainingArgume
 
 from rankwise.choose import ScoreRows, what_counts
 from rankwise.errors import DataError, RankwiseError
+from rankwise.fourbit import refuse_training
 from rankwise.methods import DEFAULT_SEARCH, Method, Setting, by_name
 from rankwise.plan import RankPlan
 from rankwise.rows import TwoSets, fingerprint, two_sets
@@ -201,6 +202,8 @@ def setting_of(
     The metric is `args.metric_for_best_model` where None is given, or else the loss.
     """
     refuse_sharded(args)
+    if method.stock != "peft":
+        refuse_training(model, method.title)
     metric, greater_is_better = what_counts(args, metric, greater_is_better)
     setting = Setting(
         data.train,

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from rankwise.adapter import CONFIG, WEIGHTS, Adapter, Factors, adapter_folder, card_header
+from rankwise.beside import TASK, read_object
 from rankwise.errors import AdapterError, ExportError, OutputError
 from rankwise.files import replace_folder, write_json, write_text
 from rankwise.plan import exact_targets
@@ -93,6 +94,8 @@ def export(
     source = adapter_folder(adapter, "adapter")
     given = Adapter.load(source)
     refuse(given, engine)
+    if engine.form == "merged" and model_name_or_path is None:
+        _refuse_4bit(source)
     target = Path(output_dir)
     if target.exists():
         raise OutputError(f"{target} exists; give a new --output_dir")
@@ -116,6 +119,16 @@ def export(
         done = Export(to, target, r, before, file.stat().st_size, engine.how_to_start(r))
         _describe(done, engine, given, source, work)
     return done
+
+
+def _refuse_4bit(source: Path) -> None:
+    """Raises ExportError where an adapter was trained on a base whose weights were rounded."""
+    if read_object(source / TASK).get("load_in_4bit") is True:
+        raise ExportError(
+            "the adapter was trained on a base in 4 bits, and merged into the weights before that "
+            "rounding it is another function; serve it beside its base (--to vllm, peft), or merge "
+            "it all the same by naming the base: --model_name_or_path"
+        )
 
 
 @contextmanager
@@ -293,6 +306,12 @@ def _merge(source: Path, base: Base, work: Path, dtype: str | None, max_shard_si
         raise ExportError(
             f"the adapter changes {min(tied)!r}, whose weights the model shares between its first "
             "and last layer; merging would change both"
+        )
+    if base.gguf_file is None and hasattr(config, "quantization_config"):
+        raise ExportError(
+            f"the weights of {base.name_or_path!r} are quantised, and merging would round the "
+            "adapter as well; give the unquantised base by --model_name_or_path, or serve the "
+            "adapter beside it (--to vllm, peft)"
         )
     model = base.model(dtype)
     _check_base(given.factors(), _shapes(base), base)
