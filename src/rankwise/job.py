@@ -42,6 +42,7 @@ from rankwise.reading import as_json, read_json
 from rankwise.report.memory import Peak, peak_memory
 from rankwise.result import Result
 from rankwise.rows import TwoSets, fingerprint, two_sets
+from rankwise.sharded import load_everywhere, sharding
 from rankwise.trainer import (
     check_arguments,
     default_arguments,
@@ -129,6 +130,8 @@ class Job:
 
     def fresh_model(self) -> PreTrainedModel:
         """The base model with a new head, the same one every time for the same seed."""
+        if sharding(self.args):
+            load_everywhere()
         set_seed(self.args.seed)
         about = vars(self.source) | {"device": self.args.device}
         return tasks.load_model(
@@ -146,7 +149,9 @@ class Job:
 
     def arguments(self, folder: Path) -> TrainingArguments:
         """The TrainingArguments of a stage that works in this folder."""
-        return replaced(self.args, output_dir=str(folder))
+        # a checkpoint of sharded parameters is none that another run could go on from
+        keep = {"save_strategy": "no"} if sharding(self.args) else {}
+        return replaced(self.args, output_dir=str(folder), **keep)
 
 
 @dataclass(frozen=True)

@@ -60,3 +60,15 @@ def check_output(output: OutputArguments) -> None:
         )
     if _scratch and output.output_dir is not None:
         output.output_dir = str(Path(_scratch[0]) / "run")
+
+
+def check_launcher(what: str, able: bool = False) -> None:
+    """Raises RankwiseError, before anything is loaded, where the launcher shards parameters.
+
+    Args:
+        what, able: see `rankwise.sharded.refuse_sharded`.
+    """
+    if processes() > 1:
+        from rankwise.sharded import refuse_sharded
+
+        refuse_sharded(what, able=able)
