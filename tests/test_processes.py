@@ -102,14 +102,41 @@ def test_accelerate_starts_it_from_its_config_file(model, tmp_path):
     assert about["cost"]["steps"] == 4 and (tmp_path / "out/adapter").is_dir()
 
 
-def test_a_resumed_run_and_a_foreign_command_say_what_to_do(model, tmp_path):
-    arguments = flags(model, tmp_path, 4)
-    environment = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
-    run = ["-m", "rankwise", "run", *arguments, "--output_dir", "o", "--resume_from_checkpoint"]
-    found = launch(run, tmp_path, **environment)
-    assert found.returncode == 2
-    assert "--resume_from_checkpoint works in one process, and there are 2" in found.stderr
-    other = launch(["-m", "rankwise", "cut"], tmp_path, **(environment | {"RANK": "1"}))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["cut", "autolora", "dylora"])
+def test_a_run_that_was_killed_on_two_processes_goes_on_exactly(method, tiny_bert, tmp_path):
+    """With dropout, which each process draws for itself: its random state is in the checkpoint."""
+    given = flags(tiny_bert, tmp_path, 4, save_steps=3, method=method)
+    run = [str(Path(__file__).with_name("killed.py")), "run", *given, "--lora_r", "2"]
+    whole = launch([*TWO, *run, "--output_dir", "whole"], tmp_path)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    killed = launch([*TWO, *run, "--output_dir", "out"], tmp_path, KILLED_AT="8")
+    assert killed.returncode != 0
+    (checkpoint,) = (tmp_path / "out.partial").glob("*/checkpoint-6")
+    states = [(checkpoint / f"rng_state_{n}.pth").read_bytes() for n in range(2)]
+    assert states[0] != states[1]
+    again = [*run, "--output_dir", "out", "--resume_from_checkpoint"]
+    alone = launch(again, tmp_path)
+    assert alone.returncode == 2
+    assert "began with other processes (then 2, now 1)" in alone.stderr
+    resumed = launch([*TWO, *again], tmp_path)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert "from step 6" in resumed.stderr
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["about"]["resumed"] is True
+    file = "adapter/adapter_model.safetensors"
+    ours, theirs = load_file(tmp_path / "out" / file), load_file(tmp_path / "whole" / file)
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert_close(ours[key], tensor, rtol=0, atol=1e-6)
+    plans = [RankPlan.load(tmp_path / name / "plan.json").ranks for name in ("out", "whole")]
+    assert plans[0] == plans[1]
+    finished = launch([*TWO, *again], tmp_path)
+    assert finished.returncode == 0 and "finished already" in finished.stderr
+
+
+def test_a_foreign_command_is_the_first_processs_alone(tmp_path):
+    environment = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
+    other = launch(["-m", "rankwise", "cut"], tmp_path, **environment)
     assert other.returncode == 0 and not other.stderr  # the first process says what is missing
 
 

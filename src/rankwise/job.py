@@ -286,7 +286,8 @@ def rests_on(job: Job, base: PreTrainedModel) -> dict[str, str | None]:
     about = {name: None if there is None else fingerprint(there) for name, there in rows.items()}
     packages = ("rankwise", "torch", "transformers", "peft")
     versions = {f"version of {name}": version(name) for name in packages}
-    return {**about, "base weights": weights_of(base), **versions}
+    processes = str(job.args.world_size)
+    return {**about, "base weights": weights_of(base), "processes": processes, **versions}
 
 
 def _task(data: Any, seed: int, options: Mapping[str, Any]) -> tasks.Task:

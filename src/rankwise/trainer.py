@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -108,6 +109,16 @@ class FiniteTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         self._write_configuration(Path(output_dir or str(self.args.output_dir)))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Those of all processes into the first one's folder: the others may have their own."""
+        super()._save_rng_state(output_dir)
+        if self.args.world_size == 1:
+            return
+        own = Path(output_dir) / f"rng_state_{self.args.process_index}.pth"
+        for name, content in gather_object([(own.name, own.read_bytes())]):
+            if self.args.should_save and not (Path(output_dir) / name).exists():
+                (Path(output_dir) / name).write_bytes(content)
 
     def _write_configuration(self, folder: Path) -> None:
         if self.configuration is not None and self.args.should_save:
