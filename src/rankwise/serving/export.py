@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from rankwise.adapter import CONFIG, WEIGHTS, Adapter, Factors, adapter_folder, card_header
 from rankwise.beside import TASK, read_object
-from rankwise.errors import AdapterError, ExportError, OutputError
+from rankwise.errors import AdapterError, ExportError, ModelError, OutputError
 from rankwise.files import replace_folder, write_json, write_text
 from rankwise.plan import exact_targets
 from rankwise.reading import read_json
@@ -39,6 +39,7 @@ class Export:
         rank: the one rank of every module; None for merged weights.
         bytes_before, bytes_after: of the adapter's weights, and of what was written for them.
         start: what the engine's command line needs.
+        note: what may stand against it, in words; "" where nothing is known.
     """
 
     engine: str
@@ -47,6 +48,7 @@ class Export:
     bytes_before: int
     bytes_after: int
     start: str
+    note: str = ""
 
 
 def export(
@@ -116,9 +118,25 @@ def export(
         if to == "ollama":
             write_text(work / "Modelfile", f"FROM {_modelfile_base(base)}\nADAPTER ./{GGUF}\n")
         r, before = flat.config["r"], (source / WEIGHTS).stat().st_size
-        done = Export(to, target, r, before, file.stat().st_size, engine.how_to_start(r))
+        start = engine.how_to_start(r)
+        note = _note(engine, given, source, model_name_or_path, gguf_file)
+        done = Export(to, target, r, before, file.stat().st_size, start, note)
         _describe(done, engine, given, source, work)
     return done
+
+
+def _note(engine: Engine, adapter: Adapter, *base: Any) -> str:
+    """That the engine has no LoRA on this kind of model, as far as the base's config is at hand."""
+    if not engine.bare:
+        return ""
+    try:
+        kind = base_of(adapter, *base).architecture()
+    except ModelError:
+        return ""
+    if kind not in engine.bare:
+        return ""
+    version = engine.source.partition(",")[0]
+    return f"{version} runs {kind} without LoRA; see whether yours has it, or take --to merged"
 
 
 def _refuse_4bit(source: Path) -> None:
@@ -352,6 +370,7 @@ def _describe(done: Export, engine: Engine, adapter: Adapter, source: Path, work
         "bytes_after": done.bytes_after,
         "start": done.start,
     }
+    about |= {"note": done.note} if done.note else {}
     write_json(work / RECORD, about)
     ranks = sorted({f.rank for f in adapter.factors().values()})
     span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
