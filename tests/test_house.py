@@ -140,6 +140,7 @@ PRIVATE = {
     "transformers.TrainingArguments._setup_devices": "trainer.py, cli/job.py: _n_gpu is set there",
     "transformers.Trainer._save": "trainer.py: what a checkpoint holds",
     "transformers.Trainer._save_checkpoint": "trainer.py: no checkpoint of NaN",
+    "transformers.Trainer._save_rng_state": "trainer.py: those of all processes in one folder",
     "transformers.Trainer._load_from_checkpoint": "trainer.py: what a checkpoint holds",
     "transformers.Trainer._remove_unused_columns": "bilevel.py: validation rows as training rows",
     "transformers.Trainer._get_collator_with_removed_columns": "bilevel.py: the same",

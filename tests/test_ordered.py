@@ -1,5 +1,6 @@
 """An adapter with its order: each cut in stock PEFT against the model with the other pieces off."""
 
+import re
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -246,3 +247,14 @@ def test_a_damaged_order_is_refused_in_one_line(text, tmp_path):
     ordered.save(tmp_path / "ordered")
     (tmp_path / "ordered" / "order.json").write_text(text)
     refused(AdapterError, lambda: Ordered.load(tmp_path / "ordered"), "no order can be read")
+
+
+def test_a_notebook_shows_sizes_and_ranks_and_a_text_is_short(made):
+    _, _, ordered, _ = made
+    text = re.sub(r"<[^>]+>", " ", ordered._repr_html_()).replace(",", "")
+    for halvings in range(3):
+        small = ordered.cut(ordered.order.parameters >> halvings)
+        ranks = [f.rank for f in small.factors().values()]
+        shown = f"{small.parameters}  {max(ranks)}  {len(ranks)} of {len(ordered.order.pieces)}"
+        assert shown in text
+    assert len(repr(ordered)) < 120

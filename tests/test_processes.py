@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, TrainingArguments
 
 from conftest import make_rows, write_jsonl
 from rankwise import RankPlan, RankwiseError
-from rankwise.trainer import refuse_sharded
+from rankwise.sharded import refuse_sharded
 
 TWO = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 
@@ -102,24 +102,162 @@ def test_accelerate_starts_it_from_its_config_file(model, tmp_path):
     assert about["cost"]["steps"] == 4 and (tmp_path / "out/adapter").is_dir()
 
 
-def test_a_resumed_run_and_a_foreign_command_say_what_to_do(model, tmp_path):
-    arguments = flags(model, tmp_path, 4)
-    environment = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
-    run = ["-m", "rankwise", "run", *arguments, "--output_dir", "o", "--resume_from_checkpoint"]
-    found = launch(run, tmp_path, **environment)
-    assert found.returncode == 2
-    assert "--resume_from_checkpoint works in one process, and there are 2" in found.stderr
-    other = launch(["-m", "rankwise", "cut"], tmp_path, **(environment | {"RANK": "1"}))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["cut", "autolora", "dylora"])
+def test_a_run_that_was_killed_on_two_processes_goes_on_exactly(method, tiny_bert, tmp_path):
+    """With dropout, which each process draws for itself: its random state is in the checkpoint."""
+    given = flags(tiny_bert, tmp_path, 4, save_steps=3, method=method)
+    run = [str(Path(__file__).with_name("killed.py")), "run", *given, "--lora_r", "2"]
+    whole = launch([*TWO, *run, "--output_dir", "whole"], tmp_path)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    killed = launch([*TWO, *run, "--output_dir", "out"], tmp_path, KILLED_AT="8")
+    assert killed.returncode != 0
+    (checkpoint,) = (tmp_path / "out.partial").glob("*/checkpoint-6")
+    states = [(checkpoint / f"rng_state_{n}.pth").read_bytes() for n in range(2)]
+    assert states[0] != states[1]
+    again = [*run, "--output_dir", "out", "--resume_from_checkpoint"]
+    alone = launch(again, tmp_path)
+    assert alone.returncode == 2
+    assert "began with other processes (then 2, now 1)" in alone.stderr
+    resumed = launch([*TWO, *again], tmp_path)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert "from step 6" in resumed.stderr
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["about"]["resumed"] is True
+    file = "adapter/adapter_model.safetensors"
+    ours, theirs = load_file(tmp_path / "out" / file), load_file(tmp_path / "whole" / file)
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert_close(ours[key], tensor, rtol=0, atol=1e-6)
+    plans = [RankPlan.load(tmp_path / name / "plan.json").ranks for name in ("out", "whole")]
+    assert plans[0] == plans[1]
+    finished = launch([*TWO, *again], tmp_path)
+    assert finished.returncode == 0 and "finished already" in finished.stderr
+
+
+def test_a_foreign_command_is_the_first_processs_alone(tmp_path):
+    environment = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
+    other = launch(["-m", "rankwise", "cut"], tmp_path, **environment)
     assert other.returncode == 0 and not other.stderr  # the first process says what is missing
+
+
+FSDP = """
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+num_machines: 1
+num_processes: 2
+use_cpu: true
+mixed_precision: 'no'
+machine_rank: 0
+main_process_ip: 127.0.0.1
+main_process_port: 0
+main_training_function: main
+fsdp_config:
+  fsdp_version: 2
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_transformer_layer_cls_to_wrap: BertLayer
+  fsdp_reshard_after_forward: true
+  fsdp_state_dict_type: FULL_STATE_DICT
+  fsdp_cpu_ram_efficient_loading: true
+"""
+DEEPSPEED = """
+compute_environment: LOCAL_MACHINE
+distributed_type: DEEPSPEED
+num_machines: 1
+num_processes: 2
+use_cpu: true
+mixed_precision: 'no'
+machine_rank: 0
+main_process_port: 0
+main_training_function: main
+deepspeed_config:
+  zero_stage: 3
+  gradient_accumulation_steps: 1
+  zero3_init_flag: false
+"""
+
+
+@pytest.mark.slow
+def test_fsdp_of_accelerates_config_file_finds_what_one_process_finds(model, tmp_path):
+    """Each of two processes holds half of every parameter, while it trains, orders and measures."""
+    (tmp_path / "fsdp.yaml").write_text(FSDP)
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", "fsdp.yaml"]
+    driver = str(Path(__file__).with_name("fsdp_on_cpu.py"))
+    given = [*flags(model, tmp_path, 4, control="lora"), "--output_dir", "two", "--lora_r", "4"]
+    found = launch([*launcher, driver, "run", *given], tmp_path)
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert "DTensor in BertForSequenceClassification" in found.stderr
+    given = [*flags(model, tmp_path, 8, control="lora"), "--output_dir", "one", "--r", "4"]
+    alone = launch(["-m", "rankwise", "run", *given], tmp_path)
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
+    assert RankPlan.load(one / "plan.json").ranks == RankPlan.load(two / "plan.json").ranks
+    for name in ("ordered", "adapter"):
+        file = f"{name}/adapter_model.safetensors"
+        ours, theirs = load_file(two / file), load_file(one / file)
+        assert ours.keys() == theirs.keys()
+        for key, tensor in theirs.items():
+            assert_close(ours[key], tensor, rtol=1e-3, atol=1e-4)
+    records = [json.loads((folder / "metrics.json").read_text()) for folder in (one, two)]
+    assert records[1]["metrics"] == pytest.approx(records[0]["metrics"], abs=1e-4)
+    assert records[1]["curve"]["sizes"] == records[0]["curve"]["sizes"]
+    assert len(records[0]["controls"]) == len(records[1]["controls"]) == 4
+    for a, b in zip(*(record["controls"] for record in records), strict=True):
+        assert b["metrics"] == pytest.approx(a["metrics"], abs=1e-4), a["name"]
+
+
+@pytest.mark.slow
+def test_an_order_of_a_sharded_model_is_that_of_the_whole(tmp_path):
+    """Any PEFT model after torch's own fully_shard, factors and all, on two processes."""
+    found = launch([*TWO, str(Path(__file__).with_name("sharded_order.py"))], tmp_path)
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert found.stdout.count("the same") == 4, found.stdout
+
+
+@pytest.mark.parametrize(
+    ("config", "flag", "said"),
+    [
+        (FSDP, ["--method", "autolora"], "FSDP 2 gives each process a part of every parameter"),
+        (FSDP.replace("fsdp_version: 2", "fsdp_version: 1"), [], "set fsdp_version: 2"),
+        (FSDP, ["--heal", "0.1"], "leave heal out"),
+        (DEEPSPEED, [], "DeepSpeed gives each process a part of every parameter, and LoRA, cut by"),
+    ],
+    ids=["gates", "version-1", "heal", "deepspeed"],
+)
+def test_what_cannot_be_sharded_refuses_what_accelerates_config_file_asks_for(
+    config, flag, said, model, tmp_path
+):
+    """The environment is the one that accelerate's launcher makes of the file."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    (tmp_path / "config.yaml").write_text(config)
+    parser = launch_command_parser()
+    given = parser.parse_args(["--config_file", str(tmp_path / "config.yaml"), "-m", "rankwise"])
+    args = _validate_launch_command(given)[0]
+    args.deepspeed_fields_from_accelerate_config = "zero_stage"  # as the launcher itself sets it
+    env = prepare_deepspeed_cmd_env(args)[1] if config is DEEPSPEED else prepare_multi_gpu_env(args)
+    asked = {k: v for k, v in env.items() if k.startswith(("FSDP_", "ACCELERATE_USE"))}
+    assert asked, env
+    environment = asked | {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+    run = ["-m", "rankwise", "run", *flags(model, tmp_path, 4), *flag, "--output_dir", "o"]
+    if "--heal" in flag:  # looked at with the rows, and so in a process of its own
+        environment = asked
+    found = launch(run, tmp_path, **environment)
+    assert found.returncode == 2, found.stderr[-2000:]
+    assert said in found.stderr
+    assert "Traceback" not in found.stderr
 
 
 def test_sharding_is_refused_wherever_it_was_asked_for(tmp_path, monkeypatch):
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
-    refuse_sharded(args)
+    refuse_sharded("it", args)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as accelerate launch does from its YAML
-    with pytest.raises(RankwiseError, match=r"FSDP shards parameters.* without FSDP"):
-        refuse_sharded(args)
+    with pytest.raises(RankwiseError, match=r"FSDP 1 gives each process a part.* take torchrun"):
+        refuse_sharded("it", args)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    refuse_sharded("it", args, able=True)
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
     args.deepspeed = {"zero_optimization": {"stage": 3}}
-    with pytest.raises(RankwiseError, match="DeepSpeed shards parameters"):
-        refuse_sharded(args)
+    with pytest.raises(RankwiseError, match="DeepSpeed gives each process a part"):
+        refuse_sharded("it", args, able=True)

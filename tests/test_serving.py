@@ -450,3 +450,26 @@ def test_merging_holds_the_model_once(tmp_path):
     one, both = map(int, found.stdout.split())
     assert both - one < 300_000, (one, both)  # kB
     assert len(list((tmp_path / "m").glob("*.safetensors"))) >= 3
+
+
+@pytest.mark.parametrize(
+    ("name", "task_type", "said"),
+    [
+        ("gpt2-lm", "CAUSAL_LM", "vllm 0.32.0 runs GPT2LMHeadModel without LoRA"),
+        ("bert-classification", "SEQ_CLS", "runs BertForSequenceClassification without LoRA"),
+        ("llama-classification", "SEQ_CLS", ""),
+        ("llama-lm", "CAUSAL_LM", ""),
+    ],
+)
+def test_an_export_says_where_vllm_has_no_lora(name, task_type, said, tmp_path):
+    of = family(name)
+    of.model().save_pretrained(tmp_path / "base")
+    model = of.auto.from_pretrained(tmp_path / "base")
+    config = LoraConfig(target_modules="all-linear", task_type=task_type)
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    done = rankwise.export(tmp_path / "adapter", "vllm", tmp_path / "out")
+    assert done.note.startswith(said) if said.startswith("vllm") else said in done.note
+    assert bool(done.note) == bool(said)
+    about = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert about.get("note", "") == done.note
+    assert not rankwise.export(tmp_path / "adapter", "peft", tmp_path / "peft").note

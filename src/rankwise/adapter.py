@@ -173,8 +173,10 @@ class Adapter:
         Raises:
             AdapterError: as `load`.
         """
+        from rankwise.sharded import gathered
+
         with TemporaryDirectory() as scratch:
-            model.save_pretrained(scratch)
+            model.save_pretrained(scratch, **gathered(model))
             return cls.load(scratch)
 
     def _refuse_what_ranks_would_break(self) -> None:

@@ -21,7 +21,9 @@ from torch.nn.utils import parametrize
 
 from rankwise.adapter import Factors
 from rankwise.errors import DataError, DivergedError, ModelError
+from rankwise.fourbit import keep_gradients
 from rankwise.lora import ADAPTER, b_slot, factors, layers_of
+from rankwise.sharded import put, whole
 
 Kind = Literal["regression", "classification", "multi-label", "tokens", "causal"]
 Batch = Mapping[str, Any]
@@ -116,6 +118,7 @@ def collect(
     """
     kind = kind or kind_of(model)
     mine = read(model)
+    keep_gradients(model)
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     total: Statistics | None = None
@@ -188,7 +191,7 @@ def _of_batch(
             )
             for n, column in enumerate(columns)
         ]
-    sizes = {name: f.rank for name, f in read(model).items()}
+    sizes = {name: len(a) for name, (a, _) in factors(model).items()}
     products = {n: torch.zeros(len(columns), rows, r, r) for n, r in sizes.items()}
     gradients = {n: torch.zeros(r, r, dtype=torch.float64) for n, r in sizes.items()}
     inputs = {n: torch.zeros(r, r, dtype=torch.float64) for n, r in sizes.items()}
@@ -401,9 +404,17 @@ def read(model: Any) -> dict[str, Factors]:
             )
         if parametrize.is_parametrized(*b_slot(layer)):
             raise ModelError(f"{name!r} has a gate attached; bake it first (rankwise.bake)")
+    found = factors(model)
+    if odd := [name for name, (a, b) in found.items() if min(a.dim(), b.dim()) < 2]:
+        raise ModelError(
+            f"the factors of {odd[0]!r} are sharded by FSDP 1 or DeepSpeed, whose parts cannot be "
+            "read; train with FSDP 2, or save the adapter and load it in a model of its own"
+        )
     return {
-        name: Factors(a.detach().clone(), b.detach().clone(), layers[name].scaling[ADAPTER])
-        for name, (a, b) in factors(model).items()
+        name: Factors(
+            whole(a.detach()).clone(), whole(b.detach()).clone(), layers[name].scaling[ADAPTER]
+        )
+        for name, (a, b) in found.items()
     }
 
 
@@ -411,8 +422,8 @@ def read(model: Any) -> dict[str, Factors]:
 def write(model: PeftModel, new: Mapping[str, Factors]) -> None:
     """Puts factors of the layers' own ranks into the model, in place; the scaling stays."""
     for name, (a, b) in factors(model).items():
-        a.copy_(new[name].a)
-        b.copy_(new[name].b)
+        put(a, new[name].a)
+        put(b, new[name].b)
 
 
 Call = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]

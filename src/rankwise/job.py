@@ -43,6 +43,7 @@ from rankwise.reading import as_json, read_json
 from rankwise.report.memory import Peak, peak_memory
 from rankwise.result import Result
 from rankwise.rows import TwoSets, fingerprint, two_sets
+from rankwise.sharded import load_everywhere, sharding
 from rankwise.trainer import (
     check_arguments,
     default_arguments,
@@ -75,6 +76,7 @@ class Source:
         revision: branch, tag or commit on the hub.
         trust_remote_code: whether code that it brings along may run.
         attn_implementation, dtype: as transformers takes them; None is its own choice.
+        load_in_4bit: whether the frozen weights are kept in 4 bits, see `rankwise.fourbit`.
     """
 
     name_or_path: str
@@ -83,6 +85,7 @@ class Source:
     trust_remote_code: bool = False
     attn_implementation: str | None = None
     dtype: str | None = None
+    load_in_4bit: bool = False
 
     def config(self) -> PretrainedConfig:
         """The model's configuration. Raises ModelError where it cannot be loaded."""
@@ -137,8 +140,10 @@ class Job:
 
     def fresh_model(self) -> PreTrainedModel:
         """The base model with a new head, the same one every time for the same seed."""
+        if sharding(self.args):
+            load_everywhere()
         set_seed(self.args.seed)
-        about = vars(self.source) | {}
+        about = vars(self.source) | {"device": self.args.device}
         return tasks.load_model(
             self.task, about.pop("name_or_path"), tokenizer=self.tokenizer, **about
         )
@@ -159,7 +164,9 @@ class Job:
 
     def arguments(self, folder: Path) -> TrainingArguments:
         """The TrainingArguments of a stage that works in this folder."""
-        return replaced(self.args, output_dir=str(folder))
+        # a checkpoint of sharded parameters is none that another run could go on from
+        keep = {"save_strategy": "no"} if sharding(self.args) else {}
+        return replaced(self.args, output_dir=str(folder), **keep)
 
 
 @dataclass(frozen=True)
@@ -297,7 +304,8 @@ def rests_on(job: Job, base: PreTrainedModel) -> dict[str, str | None]:
     about = {name: None if there is None else fingerprint(there) for name, there in rows.items()}
     packages = ("rankwise", "torch", "transformers", "peft")
     versions = {f"version of {name}": version(name) for name in packages}
-    return {**about, "base weights": weights_of(base), **versions}
+    processes = str(job.args.world_size)
+    return {**about, "base weights": weights_of(base), "processes": processes, **versions}
 
 
 def _task(data: Any, seed: int, options: Mapping[str, Any]) -> tasks.Task:
@@ -627,6 +635,7 @@ def describe_adapter(job: Job, folder: Path, method: Method) -> None:
     """Writes beside an adapter what its task was, for `rankwise evaluate`."""
     about = job.task.describe() | {"max_length": job.max_length, "method": method.describe()}
     about["gguf_file"] = job.source.gguf_file
+    about["load_in_4bit"] = job.source.load_in_4bit
     base = job.source.name_or_path
     if not Path(base).exists():  # of a folder, PEFT's own config alone says where
         about["base"] = base
@@ -670,6 +679,7 @@ def _record(
             "threads": torch.get_num_threads(),
             "resumed": found["resumed"],
             "max_length": job.max_length,
+            "load_in_4bit": job.source.load_in_4bit,
             "versions": {p: version(p) for p in ("rankwise", "torch", "transformers", "peft")},
             **job.about,
             **found["generation"],

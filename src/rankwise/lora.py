@@ -22,8 +22,10 @@ from torch.nn.utils import parametrize
 from transformers import Trainer
 from transformers.pytorch_utils import Conv1D
 
+from rankwise.adapter import Adapter, Factors
 from rankwise.errors import ModelError, PlanError
 from rankwise.plan import Entry, RankPlan, patterns, tidy
+from rankwise.sharded import is_sharded, put
 
 ADAPTER = "default"
 
@@ -319,11 +321,29 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def swap_adapter(trainer: Trainer, folder: str | Path, trainable: bool = False) -> None:
-    """Puts the adapter in a folder in place of the one that a trainer's model carries."""
+    """Puts the adapter in a folder in place of the one that a trainer's model carries.
+
+    In a sharded model the ranks stay, and zeros fill the factors up.
+    """
     model = trainer.accelerator.unwrap_model(trainer.model)
+    if is_sharded(model):
+        fill(model, Adapter.load(folder).factors())
+        return
     base = model.unload()
     new = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
     trainer.model = trainer.model_wrapped = new.to(trainer.args.device)
+
+
+@torch.no_grad()
+def fill(model: PeftModel, new: Mapping[str, Factors]) -> None:
+    """Writes factors of no higher ranks into the model's own, zeros beside them."""
+    for name, (a, b) in factors(model).items():
+        whole_a, whole_b = torch.zeros(a.shape), torch.zeros(b.shape)
+        if (f := new.get(name)) is not None:
+            whole_a[: f.rank] = f.a
+            whole_b[:, : f.rank] = f.b * (f.scaling / layers_of(model)[name].scaling[ADAPTER])
+        put(a, whole_a)
+        put(b, whole_b)
 
 
 def _checkpointing(model: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from rankwise.adapter import ORDER, Adapter, Factors, svd
 from rankwise.errors import AdapterError
+from rankwise.escape import html
 from rankwise.files import temporary_name, write_json
 from rankwise.reading import parse_json
 
@@ -338,6 +340,29 @@ class Ordered:
 
     adapter: Adapter
     order: Order
+
+    def __repr__(self) -> str:
+        return f"Ordered({self.order!r})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: sizes, each half of the one before, and the ranks of a quarter."""
+        from rankwise.report.heatmap import html_table
+
+        order = self.order
+        rows = ["<tr><th>parameters</th><th>largest rank</th><th>modules</th></tr>"]
+        for halvings in range(8):
+            try:
+                ranks = Counter(name for name, _ in order.kept(order.parameters >> halvings))
+            except AdapterError:  # no piece fits
+                break
+            size = sum(rank * order.pieces[name].cost for name, rank in ranks.items())
+            modules = f"{len(ranks)} of {len(order.pieces)}"
+            rows.append(
+                f"<tr><td>{size:,}</td><td>{max(ranks.values())}</td><td>{modules}</td></tr>"
+            )
+        share = 0.25 if len(rows) > 3 else 1.0
+        sizes = f"<table><caption>{html(repr(order))}</caption>{''.join(rows)}</table>"
+        return sizes + html_table(f"ranks at keep={share:g}", order.ranks(keep=share))
 
     def cut(
         self, budget: int | None = None, *, keep: float | None = None, rank: int | None = None

@@ -18,13 +18,18 @@ class Loaded(NamedTuple):
 
 
 def load(
-    folder: str | Path, *, model_name_or_path: str | None = None, gguf_file: str | None = None
+    folder: str | Path,
+    *,
+    model_name_or_path: str | None = None,
+    gguf_file: str | None = None,
+    load_in_4bit: bool | None = None,
 ) -> Loaded:
     """The model and tokenizer of an adapter's folder, ready to predict.
 
     Args:
         folder: of a finished run, of what it made, or of any PEFT LoRA adapter.
         model_name_or_path, gguf_file: the base model, where it is not what the folder says.
+        load_in_4bit: whether the base's weights are kept in 4 bits; None is as the run had them.
 
     Raises:
         AdapterError: no adapter there. ModelError: the base model cannot be loaded.
@@ -37,7 +42,7 @@ def load(
     where = find_product(folder)
     about = read_object(where / TASK)
     if about:
-        return _of_task(where, about, model_name_or_path, gguf_file)
+        return _of_task(where, about, model_name_or_path, gguf_file, load_in_4bit)
     from peft import PeftModel
     from transformers import AutoTokenizer
 
@@ -56,7 +61,11 @@ def load(
 
 
 def _of_task(
-    where: Path, about: dict[str, Any], model_name_or_path: str | None, gguf_file: str | None
+    where: Path,
+    about: dict[str, Any],
+    model_name_or_path: str | None,
+    gguf_file: str | None,
+    load_in_4bit: bool | None,
 ) -> Loaded:
     from rankwise import tasks
     from rankwise.methods import by_name, from_description
@@ -77,7 +86,9 @@ def _of_task(
         if own
         else tasks.load_tokenizer(name, gguf_file=file, revision=revision)
     )
-    model = tasks.load_model(task, name, tokenizer=tokenizer, gguf_file=file, revision=revision)
+    in_4bit = about.get("load_in_4bit") is True if load_in_4bit is None else load_in_4bit
+    options: dict[str, Any] = {"gguf_file": file, "revision": revision, "load_in_4bit": in_4bit}
+    model = tasks.load_model(task, name, tokenizer=tokenizer, **options)
     try:
         return Loaded(method.load(model, where).eval(), tokenizer)
     except _LOAD_ERRORS as error:
@@ -92,6 +103,7 @@ def predict(
     max_new_tokens: int = 64,
     model_name_or_path: str | None = None,
     gguf_file: str | None = None,
+    load_in_4bit: bool | None = None,
 ) -> list[dict[str, Any]]:
     """What a finished run's model says of rows, in their order.
 
@@ -103,7 +115,7 @@ def predict(
             dicts, or a list of texts where the task has one text column.
         batch_size: rows in a forward pass.
         max_new_tokens: of a completion, at most.
-        model_name_or_path, gguf_file: as `load`.
+        model_name_or_path, gguf_file, load_in_4bit: as `load`.
 
     Raises:
         DataError: no such column, or no run that says what its task was.
@@ -134,7 +146,12 @@ def predict(
             f"the rows have no column {missing[0]!r}, only {', '.join(rows)}; the run was trained "
             f"on {', '.join(needed)}"
         )
-    model, tokenizer = load(where, model_name_or_path=model_name_or_path, gguf_file=gguf_file)
+    model, tokenizer = load(
+        where,
+        model_name_or_path=model_name_or_path,
+        gguf_file=gguf_file,
+        load_in_4bit=load_in_4bit,
+    )
     return task.predict(
         model,
         tokenizer,

@@ -2,7 +2,6 @@
 
 import gc
 import inspect
-import os
 import shutil
 import sys
 import zipfile
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -28,7 +27,9 @@ from transformers.utils import logging
 
 from rankwise.errors import CheckpointError, DivergedError, RankwiseError
 from rankwise.files import write_json
+from rankwise.fourbit import keep_gradients
 from rankwise.reading import as_json, read_json
+from rankwise.sharded import refuse_sharded
 
 FEW_BATCHES = 8  # too few for the standard error of a mean over batches
 
@@ -70,6 +71,7 @@ class FiniteTrainer(Trainer):
         **trainer: Any,
     ):
         super().__init__(model, args=args, **trainer)  # the second positional is not args in all
+        keep_gradients(model)  # evaluations in between would take those of a 4-bit base
         self.configuration = configuration
         self._good: str | None = None  # the last checkpoint of this run
         self._batch_losses: list[Tensor] = []
@@ -107,6 +109,16 @@ class FiniteTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         self._write_configuration(Path(output_dir or str(self.args.output_dir)))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Those of all processes into the first one's folder: the others may have their own."""
+        super()._save_rng_state(output_dir)
+        if self.args.world_size == 1:
+            return
+        own = Path(output_dir) / f"rng_state_{self.args.process_index}.pth"
+        for name, content in gather_object([(own.name, own.read_bytes())]):
+            if self.args.should_save and not (Path(output_dir) / name).exists():
+                (Path(output_dir) / name).write_bytes(content)
 
     def _write_configuration(self, folder: Path) -> None:
         if self.configuration is not None and self.args.should_save:
@@ -438,9 +450,7 @@ def gated_arguments(args: TrainingArguments) -> TrainingArguments:
         raise RankwiseError(
             f"{args.n_gpu} GPUs in one process; use `accelerate launch`, or CUDA_VISIBLE_DEVICES=0"
         )
-    if args.fsdp or args.deepspeed:
-        raise RankwiseError("a search shards no parameters; run it without fsdp and deepspeed")
-    refuse_sharded(args)
+    refuse_sharded("a training with gates", args)
     if args.auto_find_batch_size:
         raise RankwiseError("auto_find_batch_size starts a search over half-way; give a batch size")
     if not args.gradient_checkpointing:
@@ -448,31 +458,6 @@ def gated_arguments(args: TrainingArguments) -> TrainingArguments:
     # reentrant checkpointing refuses autograd.grad
     kwargs = args.gradient_checkpointing_kwargs or {}
     return replaced(args, gradient_checkpointing_kwargs=kwargs | {"use_reentrant": False})
-
-
-def refuse_sharded(args: TrainingArguments) -> None:
-    """Raises RankwiseError where FSDP or DeepSpeed would give each process a part of a factor.
-
-    accelerate's own config file says so in the environment and in its state, not in `args`.
-    """
-    said = {
-        "FSDP": bool(args.fsdp) or _is_on("ACCELERATE_USE_FSDP"),
-        "DeepSpeed": bool(args.deepspeed) or _is_on("ACCELERATE_USE_DEEPSPEED"),
-    }
-    if AcceleratorState._shared_state:
-        kind = str(AcceleratorState().distributed_type.value)
-        said = {name: on or kind == name.upper() for name, on in said.items()}
-    for name, on in said.items():
-        if on:
-            raise RankwiseError(
-                f"{name} shards parameters, and an order or a gate needs whole factors; run on "
-                f"several processes without {name} (torchrun), or train with it elsewhere and give "
-                "the adapter to rankwise.order"
-            )
-
-
-def _is_on(name: str) -> bool:
-    return os.environ.get(name, "false").lower() in ("1", "true", "yes")
 
 
 def labelled(args: TrainingArguments) -> TrainingArguments:

@@ -15,15 +15,16 @@ from transformers import PreTrainedModel, SchedulerType, Trainer, TrainingArgume
 
 from rankwise.choose import ScoreRows, what_counts
 from rankwise.errors import DataError, RankwiseError
+from rankwise.fourbit import is_4bit, refuse_training
 from rankwise.methods import DEFAULT_SEARCH, Method, Setting, by_name
 from rankwise.plan import RankPlan
 from rankwise.rows import TwoSets, fingerprint, two_sets
+from rankwise.sharded import refuse_sharded, sharding
 from rankwise.trainer import (
     FiniteTrainer,
     decisive,
     default_arguments,
     labelled,
-    refuse_sharded,
     run_training,
     task_type_of,
 )
@@ -88,6 +89,7 @@ def search(
         if args is None:
             args = default_arguments(scratch, method.rate_for(getattr(model, "config", None)))
         args = method.arguments(args)
+        refuse_sharded("rankwise.search", args)  # the model has to be as before afterwards
         fraction = validation_fraction or method.held_out_share
         _check_rows(model, train_dataset, trainer_class)
         data = two_sets(train_dataset, validation_dataset, fraction, args.seed)
@@ -203,7 +205,11 @@ def setting_of(
 
     The metric is `args.metric_for_best_model` where None is given, or else the loss.
     """
-    refuse_sharded(args)
+    refuse_sharded(method.title, args, able=method.shards)
+    if is_4bit(model) and sharding(args):
+        raise RankwiseError("a base in 4 bits is not sharded; take torchrun, or leave 4 bits out")
+    if method.stock != "peft":
+        refuse_training(model, method.title)
     metric, greater_is_better = what_counts(args, metric, greater_is_better)
     setting = Setting(
         data.train,

@@ -175,7 +175,12 @@ def _places(output_dir: str | Path) -> tuple[Path, Path]:
         raise OutputError(
             f"--output_dir {str(output_dir)!r} has no name of its own; give a new folder"
         )
-    return target, target.with_name(target.name + ".partial")
+    return target, beside(target)
+
+
+def beside(target: Path) -> Path:
+    """The folder that is worked in until the results take their name."""
+    return target.with_name(target.name + ".partial")
 
 
 def _drop_scratch(target: Path) -> None:

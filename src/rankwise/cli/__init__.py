@@ -100,6 +100,9 @@ def quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # of loading weights; training keeps its own
+    import logging as plain
+
+    plain.getLogger("bitsandbytes").setLevel(plain.ERROR)  # a kernel that is not used here
     from datasets import disable_progress_bars
 
     disable_progress_bars()

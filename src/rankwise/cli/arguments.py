@@ -23,6 +23,9 @@ class ModelArguments:
     trust_remote_code: bool = flag(False, "run code that the model or data set brings along")
     attn_implementation: str | None = flag(None, "sdpa, eager, flash_attention_2, ...")
     dtype: str | None = flag(None, "type of the frozen weights: float32, bfloat16, ...")
+    load_in_4bit: bool = flag(
+        False, "keep the frozen weights in 4 bits, as QLoRA does (needs rankwise[bnb])"
+    )
 
 
 @dataclass

@@ -43,6 +43,7 @@ def main(argv: Sequence[str]) -> None:
         more=[AdapterArguments(), KeepArguments(), Decoding()],
         hidden=UNUSED,
         max_length=None,
+        load_in_4bit=None,
     )
     folder = find_product(required(which.adapter, "adapter", "evaluate"))
     config, about = read_object(folder / "adapter_config.json"), read_object(folder / TASK)
@@ -61,10 +62,13 @@ def main(argv: Sequence[str]) -> None:
         options = {"label_names": task.label_names, "kind": data.kind or task.kind}
         data.max_length = data.max_length or about["max_length"]
         model.gguf_file = model.gguf_file or text_of(about, "gguf_file")
+        if model.load_in_4bit is None:  # else as the flag says: an adapter fits both
+            model.load_in_4bit = about.get("load_in_4bit") is True
         if data.task is None:
             options["text_column"] = data.text_column or task.text_columns
             options["label_column"] = data.label_column or task.label_column
     data.max_length = data.max_length or 128
+    model.load_in_4bit = bool(model.load_in_4bit)
     job = load("evaluate", model, data, fit, decoding, **options)
     print(json.dumps(_evaluate(job, folder, about, kept.generations), indent=2))
 

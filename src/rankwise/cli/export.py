@@ -69,6 +69,8 @@ def main(argv: Sequence[str]) -> None:
         f"{done.bytes_before:,} -> {done.bytes_after:,} bytes{rank}, for {done.engine} in "
         f"{done.folder}"
     )
+    if done.note:
+        say(f"  note: {done.note}")
     if done.start:
         say(f"  start it with: {done.start}")
     say(f"  prove it: rankwise verify {done.folder} --against {adapter}")

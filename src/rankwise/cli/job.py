@@ -17,7 +17,7 @@ from rankwise.cli.arguments import (
     required,
 )
 from rankwise.cli.flags import Group, parse, read_flag
-from rankwise.cli.launched import check_output, processes
+from rankwise.cli.launched import check_launcher, own_output, processes
 from rankwise.decoding import Decoding
 from rankwise.errors import RankwiseError
 from rankwise.methods import METHODS, Method, by_name
@@ -69,7 +69,8 @@ def parse_job(
     if not name:
         parts = parse(command, description, groups, argv, elsewhere, **defaults)
         check_ranges(parts)
-        check_output(parts[3])
+        own_output(parts[3])
+        check_launcher(f"rankwise {command}")
         return parts
     like = by_name(name)
     known = {f.name for f in fields(like)} | {f.name for g in groups for f in fields(g.like)}
@@ -79,7 +80,8 @@ def parse_job(
     groups = [which, Group(title, like), *groups]
     _, chosen, *parts = parse(command, description, groups, argv, elsewhere, **flags)
     check_ranges([chosen, *parts])
-    check_output(parts[3])
+    own_output(parts[3])
+    check_launcher(chosen.title, able=chosen.shards)
     return [chosen, *parts]
 
 

@@ -5,13 +5,14 @@ the others would write goes to a folder of their own that nobody keeps.
 """
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from rankwise.cli.arguments import OutputArguments
-from rankwise.errors import RankwiseError
+from rankwise.workspace import beside
 
 TRAINING = ("run", "search", "train", "evaluate")
 _scratch: list[str] = []
@@ -45,18 +46,29 @@ def only_the_first_speaks(command: str) -> Iterator[bool]:
         yield command in TRAINING
 
 
-def check_output(output: OutputArguments) -> None:
+def own_output(output: OutputArguments) -> None:
     """Gives processes other than the first a folder of their own to write to.
 
-    Raises:
-        RankwiseError: a resumed run, since a checkpoint lies in the first one's folder alone.
+    Where a run is gone on with, it starts as a copy of the first one's, which nobody changes before
+    all processes have met, in the first collective.
     """
-    if processes() == 1:
+    if not _scratch or output.output_dir is None:
         return
+    first, own = Path(output.output_dir).expanduser(), Path(_scratch[0]) / "run"
     if output.resume_from_checkpoint:
-        raise RankwiseError(
-            f"--resume_from_checkpoint works in one process, and there are {processes()}; start "
-            "afresh with --overwrite_output_dir, or resume without the launcher"
-        )
-    if _scratch and output.output_dir is not None:
-        output.output_dir = str(Path(_scratch[0]) / "run")
+        for there, here in ((first, own), (beside(first), beside(own))):
+            if there.is_dir():
+                shutil.copytree(there, here)
+    output.output_dir = str(own)
+
+
+def check_launcher(what: str, able: bool = False) -> None:
+    """Raises RankwiseError, before anything is loaded, where the launcher shards parameters.
+
+    Args:
+        what, able: see `rankwise.sharded.refuse_sharded`.
+    """
+    if processes() > 1:
+        from rankwise.sharded import refuse_sharded
+
+        refuse_sharded(what, able=able)

@@ -25,6 +25,9 @@ class PredictArguments:
     max_new_tokens: int = flag(64, "of a completion, at most")
     model_name_or_path: str | None = flag(None, "the base model, if not the one the run had")
     gguf_file: str | None = flag(None, "name of a GGUF file in it")
+    load_in_4bit: bool | None = flag(
+        None, "whether the base's weights are kept in 4 bits, if not as the run had them"
+    )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -54,6 +57,7 @@ def main(argv: Sequence[str]) -> None:
         max_new_tokens=rows.max_new_tokens,
         model_name_or_path=rows.model_name_or_path,
         gguf_file=rows.gguf_file,
+        load_in_4bit=rows.load_in_4bit,
     )
     if target is None:
         print(_json_lines(found), end="")

@@ -109,6 +109,7 @@ class Method:
         takes_validation: whether the task's validation rows choose, where they are not the ones
             that are evaluated; else a share of the training rows does.
         usual_rate: AdamW's learning rate where the user gives none; see `rate_for`.
+        shards: whether it works where FSDP gives each process a part of every parameter.
         resumable: whether a checkpoint of its training can be gone on with.
         product: name of the folder that `hand_over` writes.
         stock: who reads that without rankwise: "peft", "transformers", or "" for nobody.
@@ -133,6 +134,7 @@ class Method:
     chooses: ClassVar[bool] = False
     takes_validation: ClassVar[bool] = False
     usual_rate: ClassVar[float] = 1e-3
+    shards: ClassVar[bool] = False
     resumable: ClassVar[bool] = True
     product: ClassVar[str] = "adapter"
     stock: ClassVar[str] = "peft"
@@ -251,8 +253,12 @@ class Method:
 
     def hand_over(self, trainer: "Trainer", kept: Kept, folder: Path) -> None:
         """Writes `folder/<product>`, and leaves `trainer.model` computing what lies there."""
+        from rankwise.sharded import gathered
+
         model = trainer.accelerator.unwrap_model(trainer.model)
-        model.save_pretrained(str(folder / self.product))
+        model.save_pretrained(
+            str(folder / self.product), **(gathered(model) if self.shards else {})
+        )
 
     def rivals(self, kept: Kept) -> "Mapping[str, Adapter]":
         """Other adapters out of the same training, of the same size: what tables set beside it."""

@@ -55,6 +55,7 @@ class CutByData(LoraMethod):
     claim: ClassVar[str] = "cutting"
     chooses: ClassVar[bool] = True
     takes_validation: ClassVar[bool] = True
+    shards: ClassVar[bool] = True
 
     budget: int | None = flag(
         None, "hand over this size, in parameters, whatever the curve says", after=True
@@ -88,8 +89,12 @@ class CutByData(LoraMethod):
                 raise RankwiseError(f"{name} is {getattr(self, name)}; it has to be >= {least}")
 
     def check(self, model: "nn.Module", setting: Setting) -> None:
+        from rankwise.sharded import sharding
+
         plan = self.start(model, setting)
         self.halves(setting)
+        if self.heal and sharding(setting.args):
+            raise RankwiseError("heal trains a cut on, which FSDP cannot shard; leave heal out")
         if self.budget is not None:
             self._check_budget(plan)
 

@@ -23,6 +23,7 @@ class LoRA(LoraMethod):
 
     title: ClassVar[str] = "LoRA"
     source: ClassVar[str] = "arXiv 2106.09685"
+    shards: ClassVar[bool] = True
 
     budget: int | None = flag(None, "parameters: the one rank nearest to so many, instead of r")
     plan: str | None = flag(None, "plan.json to train at, instead of r", path=True)

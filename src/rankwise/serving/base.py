@@ -60,6 +60,15 @@ class Base:
                 "--model_name_or_path (and --gguf_file)"
             ) from error
 
+    def architecture(self) -> str:
+        """transformers' class of the model; "" where it has none. Raises ModelError as `config`."""
+        from transformers.models.auto import modeling_auto
+
+        kind = {"SEQ_CLS": "SEQUENCE_CLASSIFICATION", "TOKEN_CLS": "TOKEN_CLASSIFICATION"}
+        names = f"MODEL_FOR_{kind.get(self.task_type or '', 'CAUSAL_LM')}_MAPPING_NAMES"
+        found = getattr(modeling_auto, names).get(self.config().model_type, "")
+        return found if isinstance(found, str) else found[0]
+
     def skeleton(self) -> Any:
         """The base model without its weights: names and shapes of its modules."""
         import torch

@@ -35,6 +35,7 @@ class Engine:
         start: what its command line needs, with {r} for the adapter's rank and {limit} for the
             least of `limits` that holds it.
         limits: values that its limit on the rank may have.
+        bare: transformers' classes of models that it runs, but without LoRA.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Engine:
     pads: bool = False
     start: str = ""
     limits: tuple[int, ...] = ()
+    bare: tuple[str, ...] = ()
 
     def rank_for(self, least: int) -> int:
         """The smallest rank that it takes and that holds `least`.
@@ -79,6 +81,18 @@ class Engine:
 _QKV = (("k_proj", "q_proj"), ("v_proj", "q_proj"), ("up_proj", "gate_proj"))
 _PUNICA = (8, 16, 32, 64, 128)
 
+# Named in vLLM's model_executor/models/registry.py, by a class there that is no SupportsLoRA.
+_NO_LORA_IN_VLLM = tuple(
+    "BertForSequenceClassification BertForTokenClassification BloomForCausalLM "
+    "Cohere2MoeForCausalLM DbrxForCausalLM DeepseekV32ForCausalLM DeepseekV4ForCausalLM "
+    "FalconForCausalLM FalconMambaForCausalLM GPT2ForSequenceClassification GPT2LMHeadModel "
+    "GPTJForCausalLM Gemma3nForCausalLM GlmMoeDsaForCausalLM HYV4ForCausalLM HrmTextForCausalLM "
+    "InklingForCausalLM KimiLinearForCausalLM Mamba2ForCausalLM MambaForCausalLM "
+    "MiMoV2FlashForCausalLM ModernBertForSequenceClassification ModernBertForTokenClassification "
+    "OpenAIPrivacyFilterForTokenClassification Qwen4ExpForCausalLM RobertaForTokenClassification "
+    "StableLmForCausalLM XLMRobertaForTokenClassification Zamba2ForCausalLM".split()
+)
+
 ENGINES = {
     engine.name: engine
     for engine in (
@@ -86,6 +100,7 @@ ENGINES = {
         Engine(
             "vllm",
             "vllm 0.32.0, vllm/lora/peft_helper.py, lora_model.py, config/lora.py",
+            bare=_NO_LORA_IN_VLLM,
             heads=("classifier", "score"),
             most=512,
             start="--enable-lora --max-lora-rank {limit}",

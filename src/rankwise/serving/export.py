@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from rankwise.adapter import CONFIG, WEIGHTS, Adapter, Factors, adapter_folder, card_header
-from rankwise.errors import AdapterError, ExportError, OutputError
+from rankwise.beside import TASK, read_object
+from rankwise.errors import AdapterError, ExportError, ModelError, OutputError
 from rankwise.files import replace_folder, write_json, write_text
 from rankwise.plan import exact_targets
 from rankwise.reading import read_json
@@ -38,6 +39,7 @@ class Export:
         rank: the one rank of every module; None for merged weights.
         bytes_before, bytes_after: of the adapter's weights, and of what was written for them.
         start: what the engine's command line needs.
+        note: what may stand against it, in words; "" where nothing is known.
     """
 
     engine: str
@@ -46,6 +48,7 @@ class Export:
     bytes_before: int
     bytes_after: int
     start: str
+    note: str = ""
 
 
 def export(
@@ -93,6 +96,8 @@ def export(
     source = adapter_folder(adapter, "adapter")
     given = Adapter.load(source)
     refuse(given, engine)
+    if engine.form == "merged" and model_name_or_path is None:
+        _refuse_4bit(source)
     target = Path(output_dir)
     if target.exists():
         raise OutputError(f"{target} exists; give a new --output_dir")
@@ -113,9 +118,35 @@ def export(
         if to == "ollama":
             write_text(work / "Modelfile", f"FROM {_modelfile_base(base)}\nADAPTER ./{GGUF}\n")
         r, before = flat.config["r"], (source / WEIGHTS).stat().st_size
-        done = Export(to, target, r, before, file.stat().st_size, engine.how_to_start(r))
+        start = engine.how_to_start(r)
+        note = _note(engine, given, source, model_name_or_path, gguf_file)
+        done = Export(to, target, r, before, file.stat().st_size, start, note)
         _describe(done, engine, given, source, work)
     return done
+
+
+def _note(engine: Engine, adapter: Adapter, *base: Any) -> str:
+    """That the engine has no LoRA on this kind of model, as far as the base's config is at hand."""
+    if not engine.bare:
+        return ""
+    try:
+        kind = base_of(adapter, *base).architecture()
+    except ModelError:
+        return ""
+    if kind not in engine.bare:
+        return ""
+    version = engine.source.partition(",")[0]
+    return f"{version} runs {kind} without LoRA; see whether yours has it, or take --to merged"
+
+
+def _refuse_4bit(source: Path) -> None:
+    """Raises ExportError where an adapter was trained on a base whose weights were rounded."""
+    if read_object(source / TASK).get("load_in_4bit") is True:
+        raise ExportError(
+            "the adapter was trained on a base in 4 bits, and merged into the weights before that "
+            "rounding it is another function; serve it beside its base (--to vllm, peft), or merge "
+            "it all the same by naming the base: --model_name_or_path"
+        )
 
 
 @contextmanager
@@ -294,6 +325,12 @@ def _merge(source: Path, base: Base, work: Path, dtype: str | None, max_shard_si
             f"the adapter changes {min(tied)!r}, whose weights the model shares between its first "
             "and last layer; merging would change both"
         )
+    if base.gguf_file is None and hasattr(config, "quantization_config"):
+        raise ExportError(
+            f"the weights of {base.name_or_path!r} are quantised, and merging would round the "
+            "adapter as well; give the unquantised base by --model_name_or_path, or serve the "
+            "adapter beside it (--to vllm, peft)"
+        )
     model = base.model(dtype)
     _check_base(given.factors(), _shapes(base), base)
     merged = PeftModel.from_pretrained(model, str(source)).merge_and_unload(safe_merge=False)
@@ -333,6 +370,7 @@ def _describe(done: Export, engine: Engine, adapter: Adapter, source: Path, work
         "bytes_after": done.bytes_after,
         "start": done.start,
     }
+    about |= {"note": done.note} if done.note else {}
     write_json(work / RECORD, about)
     ranks = sorted({f.rank for f in adapter.factors().values()})
     span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"

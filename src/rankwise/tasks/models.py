@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from rankwise import fourbit
 from rankwise.errors import ModelError
 from rankwise.tasks.base import Task
 
@@ -100,6 +101,8 @@ def load_model(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
     dtype: torch.dtype | str | None = None,
+    load_in_4bit: bool = False,
+    device: torch.device | str | None = None,
 ) -> PreTrainedModel:
     """The model with the head the task needs; its config holds the task's label names.
 
@@ -115,6 +118,8 @@ def load_model(
         trust_remote_code: whether code from the repository may run.
         attn_implementation: "sdpa", "eager", ...; default transformers' own choice.
         dtype: of the weights; default transformers' own choice.
+        load_in_4bit: keep the weights of linear layers in 4 bits, see `rankwise.fourbit`.
+        device: where a model in 4 bits is put; default transformers' own choice.
 
     Raises:
         ModelError: it cannot be loaded, or has no such head.
@@ -125,13 +130,20 @@ def load_model(
     source = _options(gguf_file=gguf_file, revision=revision)
     source["trust_remote_code"] = trust_remote_code
     loading = _options(attn_implementation=attn_implementation, dtype=dtype)
+    if gguf_file is not None and load_in_4bit:
+        raise ModelError(
+            f"{gguf_file} is quantised itself; load_in_4bit takes a model in safetensors"
+        )
     if gguf_file is not None and hasattr(transformers, "GgufConfig"):
         # Newer releases leave the weights packed where they can, and mark them as no good to train.
         loading["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         config = load_config(name, **source, **task.head())
         _check_decoder(task, name, config)
-        model, info = getattr(transformers, task.auto_class).from_pretrained(
+        auto = getattr(transformers, task.auto_class)
+        if load_in_4bit:
+            loading |= fourbit.how_to_load(auto, config, dtype, device)
+        model, info = auto.from_pretrained(
             name, config=config, output_loading_info=True, **source, **loading
         )
     except ModelError:
@@ -140,7 +152,7 @@ def load_model(
         raise _not_loaded(f"model for {task.kind}", model_name_or_path, error) from error
     model.config.pad_token_id = tokenizer.pad_token_id
     task.prepare_head(model, set(info["missing_keys"]))
-    return model
+    return fourbit.prepare(model) if fourbit.is_4bit(model) else model
 
 
 def _check_decoder(task: Task, name: str, config: Any) -> None:
