@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class Forks:
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
+            start_new_session=True,  # a Ctrl-C is for who asks, who then ends this by `close`
         )
 
     def start(self, argv: list[str], cwd: Path, **how: Any) -> dict[str, Any]:
@@ -74,8 +76,11 @@ class Forks:
         return json.loads(self.process.stdout.readline())
 
     def close(self) -> None:
-        self.process.stdin.close()
+        """Ends it, and the commands that still run."""
+        self.process.terminate()
         self.process.wait(timeout=30)
+        self.process.stdin.close()
+        self.process.stdout.close()
 
 
 def child(
@@ -93,7 +98,7 @@ def child(
     """The command, in the forked process.
 
     Args:
-        argv: of `rankwise`.
+        argv: of `command`.
         cwd: its folder; only file operations below it are counted.
         log: a name for files that say what happened.
         kill_at: SIGKILL at the start of this file operation.
@@ -143,11 +148,10 @@ def child(
     for asks in (signal.SIGHUP, signal.SIGTERM):  # whatever started the tests may ignore them
         signal.signal(asks, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    from rankwise.cli import main
 
     code = 0
     try:
-        main(argv)
+        command(argv)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except BaseException:
@@ -164,23 +168,59 @@ def child(
     os._exit(code)
 
 
+def command(argv: list[str]) -> None:
+    """What `rankwise` does; with "python" and a text, what a call of the library does, whose error
+    is then printed as that of a command."""
+    if argv[0] != "python":
+        from rankwise.cli import main
+
+        main(argv)
+        return
+    from rankwise import RankwiseError
+
+    try:
+        exec(compile(argv[1], "call", "exec"), {"__name__": "call"})
+    except RankwiseError as error:
+        print(f"rankwise: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
 def serve() -> None:
     """Reads questions, one a line."""
     import tempfile
 
+    running: set[int] = set()
+
+    def stop(*_: object) -> None:
+        for pid in running:
+            with suppress(OSError):
+                os.killpg(pid, signal.SIGKILL)
+        os._exit(0)
+
     import torch  # noqa: F401
 
+    import rankwise.cli.compare
     import rankwise.cli.cut
     import rankwise.cli.demo
     import rankwise.cli.evaluate
+    import rankwise.cli.export
+    import rankwise.cli.predict
+    import rankwise.cli.report
     import rankwise.cli.run
+    import rankwise.cli.score
     import rankwise.cli.search
     import rankwise.cli.show
     import rankwise.cli.train
+    import rankwise.cli.verify
+    import rankwise.compare.cells
     import rankwise.job
     import rankwise.orders
+    import rankwise.predicting
+    import rankwise.report.write
+    import rankwise.serving.verify
     import rankwise.surgeon  # noqa: F401
 
+    signal.signal(signal.SIGTERM, stop)
     logs = tempfile.mkdtemp()
     answers = os.dup(1)
     os.dup2(2, 1)
@@ -188,12 +228,14 @@ def serve() -> None:
         question = json.loads(line)
         if "wait" in question:
             answer = ended(**question["wait"], kill_after=question["kill_after"])
+            running.discard(question["wait"]["pid"])
         else:
             log = f"{logs}/{number}"
             pid = os.fork()
             if pid == 0:
                 os.setsid()
                 child(**question, log=log)
+            running.add(pid)
             answer = {"pid": pid, "log": log}
         os.write(answers, (json.dumps(answer) + "\n").encode())
 

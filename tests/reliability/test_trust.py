@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml as pyyaml
-from inputs import ROWS, train
+from case import ROWS, train
 from same import names
 
 from rankwise import escape
