@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from re import sub
+from re import ASCII, sub
 from typing import Any
 
 from rankwise.cli.arguments import DataArguments, FitArguments, ModelArguments
@@ -141,8 +141,14 @@ def _cell(
     spec = as_json(spec)
     parts = [task.label, method.label, f"seed{seed}"]
     parts += [f"rate{rates[0]:g}"] if held_out is not None else []
-    name = "-".join([*(sub(r"[^\w.]+", "_", part)[:60] for part in parts), digest(spec)])
+    name = "-".join([*map(_safe, parts), digest(spec)])
     return Cell(name, task, method, fit, recipe.seeds[0], held_out, judged or {}, size_of, spec)
+
+
+def _safe(label: str) -> str:
+    """A part of a file's name on every system: ASCII, no hidden file, not too long."""
+    plain = sub(r"[^\w.]+", "_", label, flags=ASCII)[:60]
+    return f"_{plain}" if plain.startswith(".") else plain
 
 
 def digest(spec: Mapping[str, Any]) -> str:
