@@ -44,6 +44,18 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def check_new(path: Path, flag: str) -> None:
+    """Raises OutputError, naming the flag, where something is there or nothing can be."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OutputError(f"cannot make {path}: {reason}; give another {flag}") from error
+    raise OutputError(f"{path} exists; give a new {flag}")
+
+
 def replace_folder(finished: Path, target: Path) -> None:
     """Renames a finished folder to its public name; one that was there goes only after that.
 

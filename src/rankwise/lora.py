@@ -23,6 +23,7 @@ from transformers import Trainer
 from transformers.pytorch_utils import Conv1D
 
 from rankwise.errors import ModelError, PlanError
+from rankwise.given import check_model
 from rankwise.plan import Entry, RankPlan, patterns, tidy
 
 ADAPTER = "default"
@@ -53,6 +54,7 @@ def find_entries(
     Raises:
         ModelError: r < 1, a target that matches nothing, a model that has adapters already.
     """
+    check_model(model)
     if not isinstance(r, int) or r < 1:
         raise ModelError(f"r is {r!r}; a rank has to be an integer of at least 1")
     if any(isinstance(module, LoraLayer) for module in model.modules()):

@@ -99,16 +99,16 @@ def searches() -> list[Case]:
     """rankwise.search, order, load, predict, export, train, cut and plans in Python."""
     small = "Dataset.from_list([])"
     table = {
-        "search: a name for a model": ("rankwise.search('{model}', encoded())", "str"),
+        "search: a name for a model": ("rankwise.search('{model}', encoded())", "in memory"),
         "search: None for a model": ("rankwise.search(None, encoded())", "None"),
         "search: None for rows": ("rankwise.search(model(), None)", "None"),
-        "search: a text for rows": ("rankwise.search(model(), 'rows.jsonl')", "str"),
+        "search: a text for rows": ("rankwise.search(model(), 'rows.jsonl')", "rankwise.fit"),
         "search: empty rows": (f"rankwise.search(model(), {small}, args=args)", "no rows"),
         "search: raw rows": (
             "rankwise.search(model(), Dataset.from_list(rows), args=args)",
             "tokenize",
         ),
-        "search: raw rows in a list": ("rankwise.search(model(), rows, args=args)", "list"),
+        "search: raw rows in a list": ("rankwise.search(model(), rows, args=args)", "tokenize"),
         "search: a dict for arguments": (
             "rankwise.search(model(), encoded(), args={})",
             "TrainingArguments",
@@ -147,7 +147,7 @@ def searches() -> list[Case]:
         "order: no rows": (_lora("rankwise.order(m)"), "no rows"),
         "order: empty rows": (_lora("rankwise.order(m, [])"), "too few"),
         "order: a text for rows": (_lora("rankwise.order(m, 'rows.jsonl')"), ""),
-        "order: a number for rows": (_lora("rankwise.order(m, 5)"), "int"),
+        "order: a number for rows": (_lora("rankwise.order(m, 5)"), "batches is 5"),
         "order: single rows": (_lora("rankwise.order(m, encoded())"), "single rows"),
         "order: rows without labels": (
             _lora("rankwise.order(m, [{'input_ids': torch.ones(40, 3, dtype=torch.long)}])"),
@@ -203,8 +203,7 @@ def searches() -> list[Case]:
         "a plan of None": ("rankwise.RankPlan.load(None)", "None"),
         "an adapter of None": ("rankwise.Adapter.load(None)", "None"),
         "a result of a folder": ("rankwise.Result.load('.')", ""),
-        "uniform: a name": ("rankwise.uniform('{model}', 2)", "str"),
-        "attach: a name": ("rankwise.attach('{model}', 2)", "str"),
+        "uniform: a name": ("rankwise.uniform('{model}', 2)", "in memory"),
     }
     return _cases("Python", table)
 

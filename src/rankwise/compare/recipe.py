@@ -107,8 +107,8 @@ def read_recipe(path: str | Path, data_dir: str | None = None, model: str | None
     raw = _yaml(Path(path))
     where = Path(path).name
     _known(where, "key", raw, KEYS)
-    rows = {key: raw[key] for key in ("data_dir", "max_length") if key in raw}
-    rows = read_values(where, DataArguments(), rows)
+    given = {key: value for key, value in raw.items() if key in ("data_dir", "max_length")}
+    rows = read_values(where, DataArguments(), given)
     folder = data_dir or rows.get("data_dir")
     training = read_values(f"{where}: training", FitArguments(), _mapping(where, raw, "training"))
     seeds = _seeds(where, raw.get("seeds", [0]))
