@@ -127,7 +127,9 @@ def recipes() -> list[Case]:
         ),
         "no such module": (recipe(methods={"lora": {"target_modules": ["x"]}}), "'x'"),
         "a rank above the matrix": (recipe(methods={"lora": {"r": 10**6}}), ""),
-        "a budget below one piece": (recipe(methods=svd, budget=1), ""),
+        "a budget below one piece": (recipe(methods={"svd": {"budget": 1}}), "budget"),
+        "a budget below nothing": (recipe(methods={"svd": {"budget": -1}}), "budget is -1"),
+        "a budget of many": (recipe(methods=svd, budget=[1, 2]), "budget is [1, 2]"),
         "no such schedule": (recipe(training={"lr_scheduler_type": "zigzag"}), "zigzag"),
         "no such reporter": (recipe(training={"max_steps": 2, "report_to": "zeppelin"}), ""),
         "arguments of no type": (

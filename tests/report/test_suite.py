@@ -346,5 +346,5 @@ def test_markdown_keeps_hostile_text_as_text(tmp_path):
 def test_the_folder_of_a_grid_is_read(tmp_path):
     write(tmp_path, both("a", 0, 0.8, 0.9))
     assert len(load([tmp_path]).results) == len(load([tmp_path / "cells"]).results) == 2
-    with pytest.raises(ResultError, match="no file or folder"):
+    with pytest.raises(ResultError, match="nowhere: No such file"):
         load([tmp_path / "nowhere"])

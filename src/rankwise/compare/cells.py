@@ -16,7 +16,7 @@ from typing import Any
 
 from rankwise.cli.arguments import DataArguments, FitArguments, ModelArguments
 from rankwise.compare.recipe import MethodEntry, Recipe, TaskEntry
-from rankwise.errors import ResultError
+from rankwise.errors import OutputError, ResultError
 from rankwise.files import write_json
 from rankwise.reading import as_json, read_json
 from rankwise.result import Result
@@ -221,7 +221,10 @@ def read_cell(path: Path) -> Result | Failure | None:
 
     Raises:
         ResultError: a damaged file, or one of another schema; the message names it.
+        OutputError: a folder in its place.
     """
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder, and a cell's file goes there; move it away")
     if not path.is_file():
         return None
     raw = read_json(path, ResultError)

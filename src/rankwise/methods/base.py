@@ -315,6 +315,9 @@ class LoraMethod(Method):
             raise RankwiseError(f"r is {self.r!r}; a rank has to be an integer of at least 1")
         if self.lora_alpha is not None and not 0 < self.lora_alpha < float("inf"):
             raise RankwiseError(f"lora_alpha is {self.lora_alpha}; it has to be > 0")
+        budget = getattr(self, "budget", None)  # of those that take one
+        if budget is not None and budget < 1:
+            raise RankwiseError(f"budget is {budget}; it has to be at least 1")
         if not 0 <= self.lora_dropout < 1:
             raise RankwiseError(
                 f"lora_dropout is {self.lora_dropout}; it has to be at least 0 and below 1"

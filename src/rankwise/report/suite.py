@@ -124,16 +124,19 @@ def result_files(paths: Sequence[str | Path]) -> list[Path]:
     """
     found: list[Path] = []
     for path in map(Path, paths):
+        try:
+            path.stat()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise ResultError(f"cannot read {path}: {reason}") from error
         if path.is_dir():
             inside = path / "cells" if (path / "cells").is_dir() else path
             files = sorted(f for f in inside.glob("*.json") if not f.name.endswith("plan.json"))
             if not files:
                 raise ResultError(f"no result files in {inside}; give a folder of `compare`")
             found += files
-        elif path.is_file():
-            found.append(path)
         else:
-            raise ResultError(f"no file or folder {path}")
+            found.append(path)
     return found
 
 
