@@ -50,7 +50,8 @@ def load(
     own = (where / "tokenizer_config.json").is_file()
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            str(where) if own else base.name_or_path, **({} if own else base.where)
+            str(where) if own else base.name_or_path,
+            **({"trust_remote_code": False} if own else base.where),
         )
     except _LOAD_ERRORS as error:
         raise ModelError(f"no tokenizer in {where} or {base.name_or_path}: {error}") from error

@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -83,6 +84,34 @@ class Forks:
         self.process.stdout.close()
 
 
+REACHES = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto")
+RUNS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.startfile")
+DATA = ("torch", "numpy", "collections", "_codecs", "transformers")
+"""Packages whose classes a checkpoint or a tensor is made of."""
+
+
+def suspect(event: str, args: tuple[Any, ...], root: str) -> str:
+    """What a command does that nothing it read may make it do; "" for anything else."""
+    if event in RUNS or (event in REACHES and not isinstance(args[1], str | bytes)):
+        return f"{event} {args[:3]}"  # a local socket's address is a text
+    if event == "socket.getaddrinfo" or event == "socket.gethostbyname":
+        return f"{event} {args[:2]}"
+    if event == "pickle.find_class" and str(args[0]).partition(".")[0] not in DATA:
+        return f"{event} {args}"
+    if event == "import" and str(args[0]).partition(".")[0] == "theirs":
+        return f"{event} {args[0]}"
+    if event == "open" and str(args[0]).endswith("secret"):
+        return f"{event} {args[0]}"
+    writes = event == "open" and isinstance(args[2], int) and args[2] & WRITES
+    if (writes or event in CHANGES) and isinstance(args[0], str | bytes | os.PathLike):
+        path = os.path.realpath(os.path.abspath(os.fsdecode(args[0])))
+        scratch = os.path.join(os.path.realpath(tempfile.gettempdir()), "tmp")
+        cache = "/matplotlib" in path  # its list of fonts, in the home folder
+        if not path.startswith((root, scratch, "/dev/", "/proc/")) and not cache:
+            return f"{event} {path}"
+    return ""
+
+
 def child(
     argv: list[str],
     cwd: str,
@@ -94,6 +123,7 @@ def child(
     interrupt_at: int | None = None,
     number: int = signal.SIGTERM,
     watch: bool = False,
+    online: bool = False,
 ) -> None:
     """The command, in the forked process.
 
@@ -106,7 +136,9 @@ def child(
         full_at: from this file operation on, nothing can be created.
         largest: bytes of the largest file that can be written.
         interrupt_at, number: sends itself this signal at this file operation.
-        watch: note what it opens outside `cwd`, connects to, runs or unpickles.
+        watch: note what it writes outside `cwd` and the folders that tempfile makes, reads that is
+            named "secret", connects to, looks up, runs, unpickles, or imports that is "theirs".
+        online: huggingface_hub may ask the hub, as without HF_HUB_OFFLINE.
     """
     os.chdir(cwd)
     count, forbidden = 0, []
@@ -119,12 +151,8 @@ def child(
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         nonlocal count
-        if watch and event in ("socket.connect", "socket.getaddrinfo", "subprocess.Popen"):
-            forbidden.append(f"{event} {args[1:3]}")
-        if watch and event == "pickle.find_class" and args[0] in ("os", "posix", "subprocess"):
-            forbidden.append(f"{event} {args}")
-        if watch and event == "open" and str(args[0]).endswith("secret"):
-            forbidden.append(f"{event} {args[0]}")
+        if watch and (said := suspect(event, args, roots[0])):
+            forbidden.append(said)
         writes = event == "open" and isinstance(args[2], int) and args[2] & WRITES
         if not (writes or event in CHANGES) or not inside(args[0]):
             return
@@ -144,6 +172,10 @@ def child(
     if largest is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
+    if online:
+        import huggingface_hub.constants
+
+        huggingface_hub.constants.HF_HUB_OFFLINE = False
     sys.addaudithook(hook)
     for asks in (signal.SIGHUP, signal.SIGTERM):  # whatever started the tests may ignore them
         signal.signal(asks, signal.SIG_DFL)
@@ -187,8 +219,6 @@ def command(argv: list[str]) -> None:
 
 def serve() -> None:
     """Reads questions, one a line."""
-    import tempfile
-
     running: set[int] = set()
 
     def stop(*_: object) -> None:

@@ -27,6 +27,7 @@ class CompareArguments:
     output_dir: str | None = flag(None, "folder for the results, cells/NAME.json; may have some")
     data_dir: str | None = flag(None, "folder of a folder a task, instead of the recipe's")
     model_name_or_path: str | None = flag(None, "base model, instead of the recipe's")
+    trust_remote_code: bool = flag(False, "run code that the model or data set brings along")
     workers: int = flag(1, "cells at a time; threads and GPUs are shared out among them")
     threads: int | None = flag(None, "threads of a cell; without it, cores / workers")
     cell: str | None = flag(None, "run this one alone, and what it waits for")
@@ -53,7 +54,8 @@ def main(argv: Sequence[str]) -> None:
     path = required(given.recipe, "recipe", "compare")
     folder = Path(required(given.output_dir, "output_dir", "compare"))
     check_folder(folder, "--output_dir")
-    recipe = read_recipe(path, given.data_dir, given.model_name_or_path)
+    trusted = given.trust_remote_code
+    recipe = read_recipe(path, given.data_dir, given.model_name_or_path, trusted)
     cells = cells_of(recipe)
     if given.list:
         _list(cells, folder, given)
@@ -75,6 +77,7 @@ def command(given: CompareArguments, *, absolute: bool = False) -> list[str]:
     for name, value in paths.items():
         if value is not None:
             line += [f"--{name}", _path(value, absolute)]
+    line += ["--trust_remote_code"] * given.trust_remote_code
     return [*line, "--cell"]
 
 

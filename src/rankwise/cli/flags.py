@@ -16,6 +16,9 @@ from typing import Any, Literal, NoReturn
 from rankwise.errors import RankwiseError
 from rankwise.reading import Unreadable, parse_json, read_yaml
 
+# What no file may switch on, since files are passed on: only the command line says so.
+TYPED = ("trust_remote_code",)
+
 # A second spelling: torchrun takes --r for a beginning of its own flags, wherever it stands.
 ALSO = {"r": ("--lora_r",)}
 
@@ -315,6 +318,10 @@ def _config_flags(path: str, actions: dict[str, Action], elsewhere: Mapping[str,
 def _as_flags(where: str, values: Mapping[str, Any], actions: Mapping[str, Action]) -> list[str]:
     flags = []
     for key, value in values.items():
+        if key in TYPED and value not in (None, False):
+            raise RankwiseError(
+                f"{where} has {key}, which no file may switch on; give --{key} on the command line"
+            )
         several = actions[key].nargs == "+"
         if isinstance(value, list) and not several:
             raise RankwiseError(f"{where}: {key} is {value}; it takes one value")

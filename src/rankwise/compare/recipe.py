@@ -88,13 +88,20 @@ class Recipe:
     decoding: Decoding
 
 
-def read_recipe(path: str | Path, data_dir: str | None = None, model: str | None = None) -> Recipe:
+def read_recipe(
+    path: str | Path,
+    data_dir: str | None = None,
+    model: str | None = None,
+    trust_remote_code: bool = False,
+) -> Recipe:
     """Reads and checks a recipe.
 
     Args:
         path: a YAML file.
         data_dir: instead of the recipe's own: holds a folder a task.
         model: instead of the recipe's own.
+        trust_remote_code: run code that the model or a data set brings along; no recipe says so
+            itself.
 
     Raises:
         RankwiseError: no such file, not YAML, or a key, method, task, flag or value that is none;
@@ -125,7 +132,7 @@ def read_recipe(path: str | Path, data_dir: str | None = None, model: str | None
     max_length = rows.get("max_length", DataArguments().max_length)
     recipe = Recipe(
         Path(path),
-        _model(where, raw.get("model"), model),
+        replace(_model(where, raw.get("model"), model), trust_remote_code=trust_remote_code),
         tuple(_tasks(where, raw.get("tasks"), folder, max_length)),
         tuple(_methods(where, raw.get("methods"), rates, raw.get("budget"))),
         seeds,

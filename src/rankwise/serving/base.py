@@ -38,7 +38,9 @@ class Base:
     @property
     def where(self) -> dict[str, Any]:
         given = {"gguf_file": self.gguf_file, "revision": self.revision}
-        return {key: value for key, value in given.items() if value is not None}
+        # said outright: without it, transformers would ask at a terminal whether code may run
+        found: dict[str, Any] = {"trust_remote_code": False}
+        return found | {key: value for key, value in given.items() if value is not None}
 
     @property
     def auto(self) -> Any:

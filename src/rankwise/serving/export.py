@@ -327,7 +327,7 @@ def _modelfile_base(base: Base | None) -> str:
 def _describe(done: Export, engine: Engine, adapter: Adapter, source: Path, work: Path) -> None:
     """export.json, the card, and what of the adapter's folder is no weights."""
     for name in _CARRIED:
-        if (source / name).is_file() and not (work / name).exists():
+        if _is_its_own(source / name) and not (work / name).exists():
             shutil.copy(source / name, work / name)
     about = {
         "format": "rankwise-export/1",
@@ -353,6 +353,15 @@ def _describe(done: Export, engine: Engine, adapter: Adapter, source: Path, work
     )
     named = adapter.config.get("base_model_name_or_path")
     write_text(work / "README.md", card_header(named, library, engine.form != "merged") + text)
+
+
+def _is_its_own(file: Path) -> bool:
+    """Whether a file of an adapter is there, and no link to a file of the user's: what is exported
+    may be published. The hub's cache links into the `blobs` beside its snapshots."""
+    if not file.is_file():
+        return False
+    home, target = file.parent.resolve(), file.resolve()
+    return home in target.parents or target.parent == home.parent.parent / "blobs"
 
 
 def load_exported(folder: Path, base: Base | None, like: Adapter) -> Adapter:

@@ -190,7 +190,7 @@ def _merged(folder: Path, source: Path, given: Adapter, base: Base | None) -> Ch
     plain = logits(model, inputs)
     first = logits(put_on(model, source), inputs)
     try:
-        whole = base.auto.from_pretrained(str(folder), dtype="float32")
+        whole = base.auto.from_pretrained(str(folder), dtype="float32", trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise AdapterError(f"cannot load {folder}: {str(error).splitlines()[0]}") from error
     return _compared("logits", plain, first, logits(whole, inputs))
