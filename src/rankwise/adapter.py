@@ -23,6 +23,7 @@ from torch import Tensor
 from rankwise.errors import AdapterError, PlanError
 from rankwise.escape import yaml
 from rankwise.files import new_folder, write_json, write_text
+from rankwise.given import check_path
 from rankwise.plan import (
     Entry,
     RankPlan,
@@ -133,6 +134,7 @@ class Adapter:
                 that a change of rank would break (DoRA and others); says why.
             PlanError: the plan of a nested adapter cannot be read.
         """
+        check_path("the adapter", folder, AdapterError)
         folder = Path(folder)
         try:
             config = read_json(folder / CONFIG, AdapterError)
@@ -511,6 +513,7 @@ def adapter_folder(path: str | Path, *within: str) -> Path:
     Raises:
         AdapterError: no adapter in any of them.
     """
+    check_path("the adapter", path, AdapterError)
     for folder in (Path(path), *(Path(path) / name for name in within)):
         if (folder / CONFIG).is_file():
             return folder

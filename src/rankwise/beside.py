@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankwise.errors import ModelError
+from rankwise.errors import AdapterError, ModelError
+from rankwise.given import check_path
 from rankwise.reading import read_json
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def find_product(path: str | Path) -> Path:
     from rankwise.adapter import adapter_folder  # needs torch, which `evaluate --help` does not
     from rankwise.methods import METHODS
 
+    check_path("the adapter", path, AdapterError)
     products = dict.fromkeys(method.product for method in METHODS.values())
     for folder in (Path(path), *(Path(path) / name for name in products)):
         if (folder / TASK).is_file():
@@ -59,6 +61,6 @@ def task_of(about: dict[str, Any], path: Path) -> "Task":
         and not isinstance(length, bool)
         and length > 0
     )
-    if not sound or about.get("text_columns") is None or about.get("metrics") is None:
+    if not sound or not about.get("text_columns") or about.get("metrics") is None:
         raise ModelError(f"{path} is damaged: it does not describe a task; copy it again")
     return from_description(about)

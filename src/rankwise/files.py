@@ -44,6 +44,34 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def check_new(path: Path, flag: str) -> None:
+    """Raises OutputError, naming the flag, where something is there or nothing can be."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OutputError(f"cannot make {path}: {reason}; give another {flag}") from error
+    raise OutputError(f"{path} exists; give a new {flag}")
+
+
+def check_folder(path: Path, flag: str) -> None:
+    """Raises OutputError, naming the flag, where a folder is not and cannot be made, or written."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        pass  # it can be made where the nearest folder above it can be written
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OutputError(f"cannot make {path}: {reason}; give another {flag}") from error
+    there = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise OutputError(f"{there} is no folder; give another {flag}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError(f"{there} cannot be written; give another {flag}")
+
+
 def replace_folder(finished: Path, target: Path) -> None:
     """Renames a finished folder to its public name; one that was there goes only after that.
 

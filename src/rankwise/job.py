@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from importlib.metadata import version
 from inspect import signature
+from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,6 +37,8 @@ from rankwise.choose import Curve, resampled
 from rankwise.decoding import Decoding, drop_partial, generate_rows
 from rankwise.errors import DataError, DivergedError, RankwiseError
 from rankwise.files import release, write_json
+from rankwise.given import check_arguments as check_given_arguments
+from rankwise.given import check_count, check_type
 from rankwise.lora import swap_adapter
 from rankwise.methods import DEFAULT, Kept, LoRA, Method, by_name
 from rankwise.plan import RankPlan
@@ -239,10 +242,13 @@ def fit(
 
     method, more = with_options(method, options)
     _check_options(method, more)
+    check_type("model", model, (str, PathLike, Source), "the hub id or folder of a base model")
+    check_count("max_length", max_length)
     check_output(output_dir, overwrite_output_dir, resume_from_checkpoint)
     source = model if isinstance(model, Source) else Source(str(model))
     if args is None:
         args = default_arguments(str(output_dir), method.rate_for(source.config()))
+    check_given_arguments(args)
     args = labelled(args)
     task = data if isinstance(data, tasks.Task) else _task(data, args.seed, more)
     job = load_job(task, source, args, max_length, eval_split)
@@ -376,7 +382,7 @@ def _evaluation_rows(task: tasks.Task, wanted: str) -> tuple[str, Dataset]:
     if rows is None:
         there = [name for name, part in splits.items() if part is not None]
         raise DataError(
-            f"there is no labelled {wanted} split; there is {' and '.join(there) or 'none'}"
+            f"there is no labelled {wanted!r} split; there is {' and '.join(there) or 'none'}"
         )
     return wanted, rows
 

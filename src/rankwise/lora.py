@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankwise.adapter import Adapter, Factors
 from rankwise.errors import ModelError, PlanError
+from rankwise.given import check_model
 from rankwise.plan import Entry, RankPlan, patterns, tidy
 from rankwise.sharded import is_sharded, put
 
@@ -55,6 +56,7 @@ def find_entries(
     Raises:
         ModelError: r < 1, a target that matches nothing, a model that has adapters already.
     """
+    check_model(model)
     if not isinstance(r, int) or r < 1:
         raise ModelError(f"r is {r!r}; a rank has to be an integer of at least 1")
     if any(isinstance(module, LoraLayer) for module in model.modules()):

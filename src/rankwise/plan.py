@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 from rankwise.errors import PlanError
 from rankwise.files import write_text
+from rankwise.given import check_path
 from rankwise.reading import Unreadable, parse_json
 
 FORMAT = "rankwise-plan/1"
@@ -275,6 +276,7 @@ class RankPlan:
         Raises:
             PlanError: no such file, not JSON, or an entry out of range; the message names it.
         """
+        check_path("the plan", path, PlanError)
         try:
             text = Path(path).expanduser().read_text(encoding="utf-8")
         except (OSError, ValueError) as error:

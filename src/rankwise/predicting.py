@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 from rankwise.adapter import CONFIG, Adapter
 from rankwise.beside import TASK, find_product, read_object, task_of, text_of
 from rankwise.errors import DataError, ModelError
+from rankwise.given import check_count
+from rankwise.methods.base import check_whole
 
 _LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, AttributeError)
 
@@ -43,17 +45,18 @@ def load(
     about = read_object(where / TASK)
     if about:
         return _of_task(where, about, model_name_or_path, gguf_file, load_in_4bit)
-    from peft import PeftModel
     from transformers import AutoTokenizer
 
-    from rankwise.serving.base import base_of
+    from rankwise.serving.base import base_of, put_on
 
     base = base_of(Adapter.load(where), where, model_name_or_path, gguf_file)
-    model = PeftModel.from_pretrained(base.model(None), str(where)).eval()
+    model = put_on(base.model(None), where).eval()
+    check_whole(model, where)
     own = (where / "tokenizer_config.json").is_file()
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            str(where) if own else base.name_or_path, **({} if own else base.where)
+            str(where) if own else base.name_or_path,
+            **({"trust_remote_code": False} if own else base.where),
         )
     except _LOAD_ERRORS as error:
         raise ModelError(f"no tokenizer in {where} or {base.name_or_path}: {error}") from error
@@ -127,6 +130,8 @@ def predict(
     """
     from rankwise.tasks.files import read_file, read_rows
 
+    check_count("batch_size", batch_size)
+    check_count("max_new_tokens", max_new_tokens)
     where = find_product(folder)
     about = read_object(where / TASK)
     if not about:

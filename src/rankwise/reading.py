@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rankwise.errors import RankwiseError
+from rankwise.given import check_path
 
 DEPTH = 100  # lists and objects within each other
 DIGITS = 300  # of an integer: what a float can hold
@@ -74,7 +75,7 @@ def read_json(path: str | Path, error: type[RankwiseError] = RankwiseError) -> A
         path: of the file.
         error: raised where the file is missing, no UTF-8, or holds no JSON of ours.
     """
-    return _read(Path(path), parse_json, error)
+    return _read(path, parse_json, error)
 
 
 def read_yaml(path: str | Path, error: type[RankwiseError] = RankwiseError) -> Any:
@@ -84,7 +85,7 @@ def read_yaml(path: str | Path, error: type[RankwiseError] = RankwiseError) -> A
         path: of the file.
         error: raised where the file is missing, no UTF-8, or holds more than JSON could.
     """
-    return _read(Path(path), parse_yaml, error)
+    return _read(path, parse_yaml, error)
 
 
 def parse_yaml(text: str) -> Any:
@@ -101,7 +102,9 @@ def parse_yaml(text: str) -> Any:
     return value
 
 
-def _read(path: Path, parse: Callable[[str], Any], kind: type[RankwiseError]) -> Any:
+def _read(path: str | Path, parse: Callable[[str], Any], kind: type[RankwiseError]) -> Any:
+    check_path("the file", path, kind)
+    path = Path(path)
     try:
         return parse(path.read_text(encoding="utf-8-sig"))
     except OSError as error:

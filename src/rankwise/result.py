@@ -112,6 +112,9 @@ class Result:
                     raise ResultError(
                         f"{field_name}: {name!r} is {value!r}; it has to be an integer >= 0"
                     )
+        for name in ("trainable_parameters", "lora_parameters"):
+            if (values[name] or 0) < 0:
+                raise ResultError(f"{name!r} is {values[name]}; it has to be at least 0")
         if not all(isinstance(x, int | float) for x in values["resampled"]):
             raise ResultError("'resampled' holds what is no number")
         values["resampled"] = tuple(values["resampled"])

@@ -32,6 +32,8 @@ def two_sets(train: Any, validation: Any, fraction: float, seed: int) -> TwoSets
         DataError: an empty split, or rows that cannot be counted.
     """
     for name, rows in (("train_dataset", train), ("validation_dataset", validation)):
+        if isinstance(rows, str | bytes):
+            raise DataError(f"{name} is a text; give rows, and a file to rankwise.fit")
         if isinstance(rows, dict):
             raise DataError(f"{name} holds the splits {', '.join(rows)}; give one of them")
         if rows is not None and not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from rankwise.adapter import Adapter, Factors
 from rankwise.errors import AdapterError, DataError
+from rankwise.given import check_type, fits, shown
 from rankwise.orders import Order, Ordered, all_pieces, gated, padded, shaped_like
 
 # `curvature` needs PEFT and transformers: it is imported where a model is looked at.
@@ -95,8 +97,10 @@ def by_data(
     """
     from rankwise.curvature import collect, read
 
-    if not ridge > 0:
-        raise AdapterError(f"ridge is {ridge}; it has to be above 0")
+    if not fits(ridge, float) or not ridge > 0:
+        raise AdapterError(f"ridge is {shown(ridge)}; it has to be a number above 0")
+    if not fits(ladder, tuple[float, ...]):
+        raise AdapterError(f"ladder is {shown(ladder)}; it has to be a list of shares below 1")
     batches, first = _enough(batches), read(model)
     seen = collect(model, batches, kind=kind, seed=seed, progress=progress)
     outputs = seen.outputs
@@ -355,6 +359,7 @@ def removal(
 
 def _enough(batches: Iterable[Batch]) -> list[Batch]:
     """The batches as a list, since several passes see them; refused if there are too few rows."""
+    check_type("batches", batches, Iterable, "batches of rows, a DataLoader for example", DataError)
     found = list(batches)
     for batch in found[:1]:
         if not isinstance(batch, Mapping) or not any(
@@ -404,7 +409,10 @@ def order(model: Any, batches: Iterable[Batch] | None = None, **how: Any) -> Ord
 
         batches = batches_of(model) if batches is None else batches
         model = model.accelerator.unwrap_model(model.model)
+    known = [name for name in signature(by_data).parameters if name not in ("model", "batches")]
+    if odd := sorted(set(how) - set(known)):
+        raise DataError(f"order has no option {odd[0]!r}; it has {', '.join(known)}")
+    read(model)  # refuses what has no pieces to order, before anything is written
     if batches is None:
         raise DataError("there are no rows to order by; give batches, or the Trainer")
-    read(model)  # refuses what has no pieces to order, before anything is written
     return Ordered(Adapter.of(model), by_data(model, batches, **how))

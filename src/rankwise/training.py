@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from hashlib import sha256
 from importlib.metadata import version
+from numbers import Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,8 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel, SchedulerType, Trainer, TrainingArguments, set_seed
 
 from rankwise.choose import ScoreRows, what_counts
-from rankwise.errors import DataError, RankwiseError
+from rankwise.errors import DataError, PlanError, RankwiseError
 from rankwise.fourbit import is_4bit, refuse_training
+from rankwise.given import check_arguments, check_model, check_type, shown
 from rankwise.methods import DEFAULT_SEARCH, Method, Setting, by_name
 from rankwise.plan import RankPlan
 from rankwise.rows import TwoSets, fingerprint, two_sets
@@ -84,25 +86,30 @@ def search(
         >>> model = get_peft_model(model, plan.lora_config(task_type="SEQ_CLS"))
     """
     method, options = with_options(method, options)
+    check_model(model)
     _check_weights(model)
+    _check_task_type(task_type)
     with TemporaryDirectory() as scratch:
         if args is None:
             args = default_arguments(scratch, method.rate_for(getattr(model, "config", None)))
+        check_arguments(args)
         args = method.arguments(args)
         refuse_sharded("rankwise.search", args)  # the model has to be as before afterwards
-        fraction = validation_fraction or method.held_out_share
+        fraction = method.held_out_share if validation_fraction is None else validation_fraction
+        check_type("validation_fraction", fraction, Real, "a number between 0 and 1")
         _check_rows(model, train_dataset, trainer_class)
         data = two_sets(train_dataset, validation_dataset, fraction, args.seed)
         if trainer_class is not None:  # it prepares D_val as it prepares D_tr
             options |= {"trainer_class": trainer_class, "eval_dataset": data.validation}
         setting = setting_of(method, model, data, args, options, task_type or task_type_of(model))
+        if "targets" not in setting.configuration:
+            raise RankwiseError(f"{method.title} has no ranks to choose; use rankwise.fit")
         method.check(model, setting)
         setting = replace(
             setting, configuration={**setting.configuration, "weights": weights_of(model)}
         )
         kept = method.choose(model, setting, resume_from_checkpoint)
-    if kept.plan is None:
-        raise RankwiseError(f"{method.title} has no ranks to choose; use rankwise.fit")
+    assert kept.plan is not None
     return with_provenance(kept.plan, setting)
 
 
@@ -152,6 +159,10 @@ def train(
             f"{method.title} chooses ranks, which are then trained as plain LoRA; use "
             "rankwise.search, and method='lora' here"
         )
+    check_model(model)
+    check_type("plan", plan, RankPlan, "a RankPlan, of search or of RankPlan.load(path)", PlanError)
+    check_arguments(args)
+    _check_task_type(task_type)
     _check_rows(model, train_dataset, options.get("trainer_class"))
     args = method.arguments(labelled(args))
     task_type = task_type or task_type_of(model)
@@ -254,6 +265,14 @@ def weights_of(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _check_task_type(task_type: str | None) -> None:
+    from peft import TaskType
+
+    known = [kind.value for kind in TaskType]
+    if task_type is not None and task_type not in known:
+        raise RankwiseError(f"task_type is {shown(task_type)}; PEFT has {', '.join(known)}")
+
+
 def _check_weights(model: nn.Module) -> None:
     if any(p.dtype == torch.float16 for p in model.parameters()):
         raise RankwiseError("the weights are float16; load the model in bfloat16 or float32")
@@ -261,8 +280,15 @@ def _check_weights(model: nn.Module) -> None:
 
 def _check_rows(model: nn.Module, rows: Any, trainer_class: type[Trainer] | None) -> None:
     """Raises DataError at rows that the stock Trainer cannot take, or would train wrongly."""
+    if rows is None or isinstance(rows, str | bytes):
+        raise DataError(
+            f"train_dataset is {shown(rows)}; give rows ready for the model (a datasets.Dataset, "
+            "say), or the file itself to rankwise.fit"
+        )
     columns = getattr(rows, "column_names", None)
-    if trainer_class is not None or not isinstance(columns, list):
+    if isinstance(rows, list) and rows and isinstance(rows[0], Mapping):
+        columns = list(map(str, rows[0]))
+    if trainer_class is not None or not isinstance(columns, list) or not len(rows):
         return
     if not set(columns) & set(inspect.signature(model.forward).parameters):
         raise DataError(

@@ -19,6 +19,7 @@ from rankwise.files import (
     replace_folder,
     write_json,
 )
+from rankwise.given import check_path
 from rankwise.reading import as_json, read_json
 
 # Of a run's settings, those that a stopped run may go on without.
@@ -167,6 +168,7 @@ def worth_keeping(work: Path) -> bool:
 
 def _places(output_dir: str | Path) -> tuple[Path, Path]:
     """The public folder, and the one that is worked in."""
+    check_path("output_dir", output_dir, OutputError)
     try:
         target = Path(output_dir).expanduser()
     except RuntimeError as error:  # ~nobody

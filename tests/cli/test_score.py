@@ -64,7 +64,7 @@ def test_without_json_a_line_a_figure(capsys, folder):
         ({"h.txt": "one\n"}, "has 1 texts and {0}/groups.txt references for 2 inputs"),
         ({"h.txt": ""}, "h.txt has no text in it"),
         ({"groups.txt": None}, "cannot read"),
-        ({"groups.txt": '{"references": ["a"]}\n{"a"\n'}, "groups.txt:2: not a line of JSON"),
+        ({"groups.txt": '{"references": ["a"]}\n{"a"\n'}, "groups.txt:2: not JSON"),
         ({"groups.txt": '{"refs": ["a"]}\n'}, 'groups.txt:1: no list "references"'),
         ({"groups.txt": '{"references": ["a"]}\n{"references": []}\n'}, "input 2 has no reference"),
     ],

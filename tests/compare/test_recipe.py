@@ -41,7 +41,7 @@ def recipe(tmp_path, **changes):
         ({"training": {"learning_rte": 1}}, r"training: no key 'learning_rte'.*learning_rate"),
         ({"training": {"learning_rate": 1e-3}, "rates": [1e-3]}, "and rates are given too"),
         ({"training": {"num_train_epochs": 0}}, "num_train_epochs is 0"),
-        ({"rates": ["fast"]}, r"rates are \['fast'\]; give a list of numbers"),
+        ({"rates": ["fast"]}, r"rates has 'fast'; give a list of numbers"),
         ({"rates": [-1.0]}, "out of range"),
         ({"rates": [1e-3, 1e-2], "methods": {"lora": {"rates": [1e-3]}}}, "is given as many"),
         ({"seeds": [1, 1]}, "without repetitions"),
@@ -51,6 +51,21 @@ def recipe(tmp_path, **changes):
         ({"methods": {"lora": {"same_size_as": "svd"}}}, "no method to be the size of 'svd'"),
         ({"model": None}, "names no model"),
         ({"model": {"model_nam_or_path": "x"}}, "did you mean 'model_name_or_path'"),
+        ({"model": True}, "model_name_or_path is true; it takes a text, so put"),
+        ({"model": "x" * 5000}, "model is 'xxx.*File name too long"),
+        ({"data_dir": [1]}, "data_dir is"),
+        ({"seeds": [1.5]}, "seeds has 1.5; give whole numbers"),
+        ({"seeds": True}, "seeds has True"),
+        ({"seeds": 2**40}, "seeds has"),
+        ({"rates": [True]}, "rates has True"),
+        ({"training": {"learning_rate": -1.0}}, "rates has -1.0, which is out of range"),
+        ({"training": 0}, "training is 0; it has to map"),
+        ({"tune": {"num_train_epochs": -1.0}}, "tune: num_train_epochs is -1.0"),
+        ({"generation": {"num_beams": 0}}, "r.yaml: generation: num_beams is 0"),
+        ({"budget": True}, "budget is True"),
+        ({"methods": ["lora", "lora"]}, "methods has 'lora' twice"),
+        ({"methods": {"lora": {"target_modules": [None]}}}, "target_modules is or has None"),
+        ({"tasks": {"": {}}}, "tasks has the name ''"),
     ],
 )
 def test_what_is_wrong_is_named_with_the_nearest(changes, said, tmp_path):
@@ -59,7 +74,11 @@ def test_what_is_wrong_is_named_with_the_nearest(changes, said, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "- a\n", "a: [\n", "\x00"])
+TWICE = "model: a\nmodel: b\n"
+NAN = "rates: .nan\n"
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "a: [\n", "\x00", TWICE, NAN, "a: &a [*a]"])
 def test_a_file_that_is_no_recipe(text, tmp_path):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(RankwiseError, match="recipe"):

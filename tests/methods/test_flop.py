@@ -316,7 +316,7 @@ def test_dropped_modules_are_base_modules_again_and_leave_the_config():
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ({"budget": 0}, "budget is 0; it has to be an integer of at least 1"),
+        ({"budget": 0}, "budget is 0; it has to be at least 1"),
         ({"keep_share": 0.0}, "keep_share is 0.0"),
         ({"gate_learning_rate": 0.0}, "gate_learning_rate is 0.0"),
         ({"hard_share": 1.0}, "hard_share is 1.0"),

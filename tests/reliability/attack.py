@@ -6,15 +6,18 @@ python tests/reliability/attack.py --kills 200 --families kills inputs disk sign
 import argparse
 import random
 import shutil
+import signal
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from case import tried
 from forks import Forks
-from inputs import cases, prepare, wrong
+from inputs import cases
 from kills import COMMANDS, Kill, Whole, killed_and_resumed, reference, resumed
+from small import given as stand_on
 from small import model_and_rows
 
 from rankwise.files import write_json
@@ -25,10 +28,11 @@ Trial = tuple[str, str, str]  # family, name, what is wrong
 class Drive:
     """The forking process, what all trials share, and a folder for each."""
 
-    def __init__(self, folder: Path, seed: int, source: str | None, commands: list[str]):
-        self.folder, self.rng, self.commands = folder, random.Random(seed), commands
+    def __init__(self, folder: Path, given: argparse.Namespace):
+        self.folder, self.rng = folder, random.Random(given.seed)
+        self.commands, self.only = given.commands, set(given.only)
         self.model, self.few, self.many = model_and_rows(folder / "base")
-        self.forks = Forks(source)
+        self.forks = Forks(given.source)
         self.found: dict[str, Whole] = {}
         self.count = 0
 
@@ -47,19 +51,19 @@ class Drive:
         self.count += 1
         return self.folder / "trials" / str(self.count)
 
+    def moment(self, whole: Whole) -> int:
+        """One of its file operations; 1 where it was seen to do none."""
+        return self.rng.randint(1, max(1, whole.operations))
+
     def inputs(self, share: float) -> Iterator[Trial]:
         """Bad input."""
-        adapter = self.of("train").folder / "out"
+        stand = stand_on(self.forks, self.model, self.folder / "given")
         for case in cases():
-            if self.rng.random() >= share:
+            if self.rng.random() >= share or (self.only and case.family not in self.only):
                 continue
             place = self.new()
-            argv = prepare(
-                case, place, self.model, str(adapter / "adapter"), str(adapter / "plan.json")
-            )
-            done = self.forks.run(argv, place)
-            yield f"input: {case.family}", case.name, wrong(case, done, place)
-            shutil.rmtree(place)
+            yield f"input: {case.family}", case.name, tried(case, self.forks, place, stand)
+            shutil.rmtree(place, ignore_errors=True)
 
     def kills(self, count: int) -> Iterator[Trial]:
         """SIGKILL, half at file operations and half after a time, over all commands in turn."""
@@ -68,7 +72,7 @@ class Drive:
         for n in range(count):
             whole = self.of(names[n % len(names)])
             if n // len(names) % 2 == 0 and whole.operations:
-                moment = Kill(at=self.rng.randint(1, whole.operations))
+                moment = Kill(at=self.moment(whole))
             else:
                 moment = Kill(after=self.rng.uniform(0, whole.seconds))
             kind = "at a file operation" if moment.at else "after a time"
@@ -80,7 +84,7 @@ class Drive:
         names = ["train", "run-cut", "cut", "search", "run"]
         for n in range(count):
             whole = self.of(names[n % len(names)])
-            how = {"full_at": self.rng.randint(1, whole.operations)}
+            how = {"full_at": self.moment(whole)}
             if n % 3 == 2:
                 how = {"largest": self.rng.choice([100, 2_000, 8_000])}
             place = self.new()
@@ -100,7 +104,7 @@ class Drive:
             number = [15, 1, 2][n // 3 % 3]
             place = self.new()
             place.mkdir(parents=True)
-            at = self.rng.randint(1, whole.operations)
+            at = self.moment(whole)
             done = self.forks.run(whole.argv, place, interrupt_at=at, number=number)
             said = ""
             if done.code == 0:
@@ -130,14 +134,41 @@ class Drive:
             yield "two at once", f"{whole.name} {flag}", said
 
 
-def write(path: Path, tried: Counter, failed: Counter, lines: list[list[str]]) -> None:
-    """The counts so far: after each trial, so that a drive that is stopped has some."""
-    counts = {kind: {"trials": n, "failed": failed[kind]} for kind, n in tried.items()}
-    write_json(path, {"counts": counts, "failed": lines})
+class Counts:
+    """What was tried and what failed, by family, kept in a file after each trial.
+
+    A drive that is stopped has some, and what it takes to draw the same trials again.
+    """
+
+    def __init__(self, given: argparse.Namespace):
+        self.given = given
+        self.tried: Counter[str] = Counter()
+        self.failed: list[Trial] = []
+
+    def add(self, kind: str, name: str, said: str) -> None:
+        self.tried[kind] += 1
+        if said:
+            self.failed.append((kind, name, said))
+            print(f"  {kind}: {name}: {said}", file=sys.stderr, flush=True)
+        if self.given.json:
+            self.write(Path(self.given.json))
+
+    def write(self, path: Path) -> None:
+        bad = Counter(kind for kind, _, _ in self.failed)
+        drawn = {k: v for k, v in vars(self.given).items() if k not in ("json", "source")}
+        counts = {kind: {"trials": n, "failed": bad[kind]} for kind, n in self.tried.items()}
+        write_json(path, {"drawn": drawn, "counts": counts, "failed": self.failed})
+
+    def show(self) -> None:
+        bad = Counter(kind for kind, _, _ in self.failed)
+        print(f"{'family':<28}{'trials':>8}{'held':>8}{'failed':>8}")
+        for kind, n in [*self.tried.items(), ("all", sum(self.tried.values()))]:
+            lost = len(self.failed) if kind == "all" else bad[kind]
+            print(f"{kind:<28}{n:>8}{n - lost:>8}{lost:>8}")
 
 
 def main() -> None:
-    """Runs families of trials; exits with 1 where something failed."""
+    """Runs families of trials; exits with 1 where something failed, 130 where it was stopped."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     known = ["inputs", "kills", "disk", "signals", "two"]
     parser.add_argument("--families", nargs="+", choices=known, default=known)
@@ -147,34 +178,31 @@ def main() -> None:
     parser.add_argument("--signals", type=int, default=36)
     parser.add_argument("--two", type=int, default=12)
     parser.add_argument("--inputs", type=float, default=1.0, help="share of the bad inputs")
+    parser.add_argument("--only", nargs="+", default=[], help="families of bad input; else all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--source", help="src/ of another revision, to compare with")
     parser.add_argument("--json", help="file for the counts and what failed")
     given = parser.parse_args()
+    counts, stopped = Counts(given), False
     folder = Path(tempfile.mkdtemp(prefix="attack-"))
-    drive = Drive(folder, given.seed, given.source, given.commands)
-    tried, failed, lines = Counter(), Counter(), []
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    drive = None
     try:
+        drive = Drive(folder, given)
         for family in given.families:
-            for kind, name, said in getattr(drive, family)(getattr(given, family)):
-                tried[kind] += 1
-                if said:
-                    failed[kind] += 1
-                    lines.append([kind, name, said])
-                    print(f"  {kind}: {name}: {said}", file=sys.stderr, flush=True)
-                if given.json:
-                    write(Path(given.json), tried, failed, lines)
+            for trial in getattr(drive, family)(getattr(given, family)):
+                counts.add(*trial)
     except KeyboardInterrupt:
-        print("stopped; the counts so far:", file=sys.stderr)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one is for the same
+        stopped = True
     finally:
-        drive.forks.close()
+        if drive is not None:
+            drive.forks.close()
         shutil.rmtree(folder, ignore_errors=True)
-    print(f"{'family':<28}{'trials':>8}{'held':>8}{'failed':>8}")
-    for kind, count in tried.items():
-        print(f"{kind:<28}{count:>8}{count - failed[kind]:>8}{failed[kind]:>8}")
-    total, bad = sum(tried.values()), sum(failed.values())
-    print(f"{'all':<28}{total:>8}{total - bad:>8}{bad:>8}")
-    sys.exit(bool(bad))
+    counts.show()
+    if stopped:
+        print("attack: stopped; these are the counts so far", file=sys.stderr)
+    sys.exit(130 if stopped else bool(counts.failed))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,7 @@ class Forks:
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
+            start_new_session=True,  # a Ctrl-C is for who asks, who then ends this by `close`
         )
 
     def start(self, argv: list[str], cwd: Path, **how: Any) -> dict[str, Any]:
@@ -74,8 +77,39 @@ class Forks:
         return json.loads(self.process.stdout.readline())
 
     def close(self) -> None:
-        self.process.stdin.close()
+        """Ends it, and the commands that still run."""
+        self.process.terminate()
         self.process.wait(timeout=30)
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+REACHES = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto")
+RUNS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.startfile")
+DATA = ("torch", "numpy", "collections", "_codecs", "transformers")
+"""Packages whose classes a checkpoint or a tensor is made of."""
+
+
+def suspect(event: str, args: tuple[Any, ...], root: str) -> str:
+    """What a command does that nothing it read may make it do; "" for anything else."""
+    if event in RUNS or (event in REACHES and not isinstance(args[1], str | bytes)):
+        return f"{event} {args[:3]}"  # a local socket's address is a text
+    if event == "socket.getaddrinfo" or event == "socket.gethostbyname":
+        return f"{event} {args[:2]}"
+    if event == "pickle.find_class" and str(args[0]).partition(".")[0] not in DATA:
+        return f"{event} {args}"
+    if event == "import" and str(args[0]).partition(".")[0] == "theirs":
+        return f"{event} {args[0]}"
+    if event == "open" and str(args[0]).endswith("secret"):
+        return f"{event} {args[0]}"
+    writes = event == "open" and isinstance(args[2], int) and args[2] & WRITES
+    if (writes or event in CHANGES) and isinstance(args[0], str | bytes | os.PathLike):
+        path = os.path.realpath(os.path.abspath(os.fsdecode(args[0])))
+        scratch = os.path.join(os.path.realpath(tempfile.gettempdir()), "tmp")
+        cache = "/matplotlib" in path  # its list of fonts, in the home folder
+        if not path.startswith((root, scratch, "/dev/", "/proc/")) and not cache:
+            return f"{event} {path}"
+    return ""
 
 
 def child(
@@ -89,11 +123,12 @@ def child(
     interrupt_at: int | None = None,
     number: int = signal.SIGTERM,
     watch: bool = False,
+    online: bool = False,
 ) -> None:
     """The command, in the forked process.
 
     Args:
-        argv: of `rankwise`.
+        argv: of `command`.
         cwd: its folder; only file operations below it are counted.
         log: a name for files that say what happened.
         kill_at: SIGKILL at the start of this file operation.
@@ -101,7 +136,9 @@ def child(
         full_at: from this file operation on, nothing can be created.
         largest: bytes of the largest file that can be written.
         interrupt_at, number: sends itself this signal at this file operation.
-        watch: note what it opens outside `cwd`, connects to, runs or unpickles.
+        watch: note what it writes outside `cwd` and the folders that tempfile makes, reads that is
+            named "secret", connects to, looks up, runs, unpickles, or imports that is "theirs".
+        online: huggingface_hub may ask the hub, as without HF_HUB_OFFLINE.
     """
     os.chdir(cwd)
     count, forbidden = 0, []
@@ -114,12 +151,8 @@ def child(
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         nonlocal count
-        if watch and event in ("socket.connect", "socket.getaddrinfo", "subprocess.Popen"):
-            forbidden.append(f"{event} {args[1:3]}")
-        if watch and event == "pickle.find_class" and args[0] in ("os", "posix", "subprocess"):
-            forbidden.append(f"{event} {args}")
-        if watch and event == "open" and str(args[0]).endswith("secret"):
-            forbidden.append(f"{event} {args[0]}")
+        if watch and (said := suspect(event, args, roots[0])):
+            forbidden.append(said)
         writes = event == "open" and isinstance(args[2], int) and args[2] & WRITES
         if not (writes or event in CHANGES) or not inside(args[0]):
             return
@@ -139,15 +172,18 @@ def child(
     if largest is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
+    if online:
+        import huggingface_hub.constants
+
+        huggingface_hub.constants.HF_HUB_OFFLINE = False
     sys.addaudithook(hook)
     for asks in (signal.SIGHUP, signal.SIGTERM):  # whatever started the tests may ignore them
         signal.signal(asks, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    from rankwise.cli import main
 
     code = 0
     try:
-        main(argv)
+        command(argv)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except BaseException:
@@ -164,23 +200,57 @@ def child(
     os._exit(code)
 
 
+def command(argv: list[str]) -> None:
+    """What `rankwise` does; with "python" and a text, what a call of the library does, whose error
+    is then printed as that of a command."""
+    if argv[0] != "python":
+        from rankwise.cli import main
+
+        main(argv)
+        return
+    from rankwise import RankwiseError
+
+    try:
+        exec(compile(argv[1], "call", "exec"), {"__name__": "call"})
+    except RankwiseError as error:
+        print(f"rankwise: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
 def serve() -> None:
     """Reads questions, one a line."""
-    import tempfile
+    running: set[int] = set()
+
+    def stop(*_: object) -> None:
+        for pid in running:
+            with suppress(OSError):
+                os.killpg(pid, signal.SIGKILL)
+        os._exit(0)
 
     import torch  # noqa: F401
 
+    import rankwise.cli.compare
     import rankwise.cli.cut
     import rankwise.cli.demo
     import rankwise.cli.evaluate
+    import rankwise.cli.export
+    import rankwise.cli.predict
+    import rankwise.cli.report
     import rankwise.cli.run
+    import rankwise.cli.score
     import rankwise.cli.search
     import rankwise.cli.show
     import rankwise.cli.train
+    import rankwise.cli.verify
+    import rankwise.compare.cells
     import rankwise.job
     import rankwise.orders
+    import rankwise.predicting
+    import rankwise.report.write
+    import rankwise.serving.verify
     import rankwise.surgeon  # noqa: F401
 
+    signal.signal(signal.SIGTERM, stop)
     logs = tempfile.mkdtemp()
     answers = os.dup(1)
     os.dup2(2, 1)
@@ -188,12 +258,14 @@ def serve() -> None:
         question = json.loads(line)
         if "wait" in question:
             answer = ended(**question["wait"], kill_after=question["kill_after"])
+            running.discard(question["wait"]["pid"])
         else:
             log = f"{logs}/{number}"
             pid = os.fork()
             if pid == 0:
                 os.setsid()
                 child(**question, log=log)
+            running.add(pid)
             answer = {"pid": pid, "log": log}
         os.write(answers, (json.dumps(answer) + "\n").encode())
 

@@ -1,47 +1,14 @@
-"""Bad input by families: each case is the files that it needs, a command, and words of its line."""
+"""Bad input of the commands that train, evaluate and cut; and all families that there are."""
 
 import json
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from forks import Done
-
-ROWS = "".join(
-    json.dumps({"text": f"{'fine' if n % 2 else 'awful'} film {n}", "label": "ba"[n % 2]}) + "\n"
-    for n in range(24)
-)
-DEEP = "[" * 5000 + "]" * 5000
-LONG = "9" * 5000
-FAST = "--max_steps 2 --per_device_train_batch_size 8 --use_cpu".split()
-
-
-@dataclass(frozen=True)
-class Case:
-    """One command that cannot work, or (`code` 0) has to.
-
-    Attributes:
-        family, name: for the counts.
-        argv: with {model}, {adapter} and {plan} for what there is.
-        files: by name in the folder, text, bytes, or a function that writes it.
-        words: in the line.
-        code: the exit code that is right.
-    """
-
-    family: str
-    name: str
-    argv: list[str]
-    files: dict[str, Any] = field(default_factory=dict)
-    words: tuple[str, ...] = ()
-    code: int = 2
-    change: Callable[[Path], None] | None = None
-
-
-def train(*more: str, rows: str = "rows.jsonl") -> list[str]:
-    argv = ["train", "--r", "2", "--target_modules", "query", *FAST, "--train_file", rows]
-    return [*argv, "--model_name_or_path", "{model}", "--output_dir", "out", *more]
+import calls
+import grids
+import served
+from case import DEEP, LONG, ROWS, Case, train
 
 
 def flags() -> list[Case]:
@@ -89,7 +56,7 @@ def arguments() -> list[Case]:
         "digits": '{"eval_steps": ' + LONG + "}",
         "surrogate": '{"run_name": "\\ud800"}',
         "twice": '{"adam_beta1": 0.9, "adam_beta1": 0.8}',
-        "optimizer": '{"optim": "adamw_bnb_8bit"}',
+        "optimizer": '{"optim": "lomo"}',
         "no optimizer": '{"optim": "zigzag"}',
         "drop_last": '{"dataloader_drop_last": true}',
         "scheduler kwargs": '{"lr_scheduler_kwargs": {"nonsense": 1}}',
@@ -380,44 +347,7 @@ def _to_fp8(found: dict) -> dict:
 
 
 def cases() -> list[Case]:
-    """All of them."""
+    """All of them, those of other files too."""
     families = (flags, arguments, yaml, json_rows, parquet, plans, adapters)
-    return [case for family in families for case in family()]
-
-
-def prepare(case: Case, folder: Path, model: str, adapter: str, plan: str) -> list[str]:
-    """Writes the files of a case; its command."""
-    folder.mkdir(parents=True)
-    (folder / "rows.jsonl").write_text(ROWS)
-    shutil.copy(plan, folder / "good-plan.json")
-    (folder / "link").symlink_to("nowhere")
-    if case.change is not None or "a" in case.argv:
-        shutil.copytree(adapter, folder / "a")
-    for name, content in case.files.items():
-        if callable(content):
-            content(folder / name)
-        else:
-            data = content.encode("utf-8") if isinstance(content, str) else content
-            (folder / name).write_bytes(data)
-    if case.change is not None:
-        case.change(folder / "a")
-    return [word.format(model=model) if "{model}" in word else word for word in case.argv]
-
-
-def wrong(case: Case, done: Done, folder: Path) -> str:
-    """What a command did wrong, in words; "" where it did right."""
-    if done.crashed:
-        return f"traceback: {done.line[:200]}"
-    if case.code == 0:
-        return "" if done.code == 0 else f"exit {done.code}: {done.line[:200]}"
-    if done.code not in (1, 2):
-        return f"exit {done.code}, not {case.code}: {done.line[:120]}"
-    if not done.line.startswith("rankwise: "):
-        return f"no line of ours: {done.line[:200]}"
-    if "\x1b" in done.err:
-        return "an escape reached the terminal"
-    if (folder / "out").exists() or (folder / "out.partial").exists():
-        return "it left a folder"
-    if missing := [word for word in case.words if word not in done.line]:
-        return f"no {missing[0]!r} in: {done.line[:200]}"
-    return ""
+    others = (*calls.FAMILIES, *served.FAMILIES, *grids.FAMILIES)
+    return [case for family in (*families, *others) for case in family()]

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from inputs import cases, prepare, wrong
+from case import Given, tried
+from inputs import cases
 from safetensors.torch import load_file, save_file
+from small import given
 
 from rankwise import AdapterError, DataError, ModelError, RankwiseError, tasks
 from rankwise.cli import main
@@ -27,25 +29,35 @@ ALWAYS = {
     "plans: provenance: a method of other flags",
     "Parquet: a map beside",
 }
-FAST = "--max_steps 2 --per_device_train_batch_size 8 --use_cpu".split()
+
+
+def drawn() -> list[str]:
+    """Those that are tried each time, and one of each family."""
+    rng = random.Random(11)
+    families = sorted({case.family for case in ALL.values()})
+    each = [rng.choice(sorted(n for n, c in ALL.items() if c.family == f)) for f in families]
+    return sorted({*ALWAYS, *each})
 
 
 @pytest.fixture(scope="module")
-def trained(forks, tiny_bert, rows_dir, tmp_path_factory) -> Path:
-    """An adapter of LoRA."""
-    folder = tmp_path_factory.mktemp("trained")
-    argv = ["train", "--r", "2", "--target_modules", "query", "value", *FAST]
-    argv += ["--model_name_or_path", tiny_bert, "--data_dir", rows_dir, "--output_dir", "out"]
-    done = forks.run(argv, folder)
-    assert done.code == 0, done.err
-    return folder / "out"
+def stand(forks, tiny_bert, tmp_path_factory) -> Given:
+    """A finished run, a chat model and its adapter."""
+    return given(forks, tiny_bert, tmp_path_factory.mktemp("given"))
 
 
-@pytest.mark.parametrize("name", sorted({*ALWAYS, *random.Random(11).sample(sorted(ALL), 8)}))
-def test_one_line(forks, tiny_bert, trained, tmp_path, name):
-    case, folder = ALL[name], tmp_path / "c"
-    argv = prepare(case, folder, tiny_bert, str(trained / "adapter"), str(trained / "plan.json"))
-    assert wrong(case, forks.run(argv, folder), folder) == ""
+@pytest.fixture(scope="module")
+def trained(stand) -> Path:
+    """The finished run."""
+    return Path(stand.result)
+
+
+@pytest.mark.parametrize("name", drawn())
+def test_one_line(forks, stand, tmp_path, name):
+    assert tried(ALL[name], forks, tmp_path / "c", stand) == ""
+
+
+def test_no_two_cases_have_one_name():
+    assert len(ALL) == len(cases())
 
 
 # Readers

@@ -1,7 +1,8 @@
-"""What holds for any input, by hypothesis: readers, plans, cuts, escapes, flags."""
+"""What holds for any input, by hypothesis: readers, plans, cuts, recipes, escapes, flags."""
 
 import json
 import math
+import re
 import tempfile
 from pathlib import Path
 
@@ -17,10 +18,22 @@ from hypothesis import strategies as st
 from rankwise import Adapter, DataError, PlanError, RankPlan, RankwiseError, escape
 from rankwise.cli.arguments import FitArguments, check_ranges
 from rankwise.cli.flags import Group, parse
+from rankwise.compare.cells import (
+    Cell,
+    Failure,
+    cell_file,
+    cells_of,
+    digest,
+    read_cell,
+    write_failure,
+)
+from rankwise.compare.recipe import read_recipe
 from rankwise.plan import Entry
 from rankwise.reading import Unreadable, parse_json, parse_yaml
 from rankwise.tasks.files import SUFFIXES, read_file
+from rankwise.tasks.known import KNOWN
 
+KNOWN_NAMES = {part for name in KNOWN for part in (name, name.rpartition("/")[2])}
 QUICK = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 texts = st.text(max_size=20)
@@ -180,6 +193,95 @@ def test_an_adapter_on_disk_comes_back_as_it_was(adapter):
         assert sorted(p.name for p in Path(folder).iterdir()) == ["a"]
     assert found.config == adapter.config
     assert all(found.weights[n].equal(t) for n, t in adapter.weights.items())
+
+
+# Recipes
+
+
+def cells_in(folder: Path, value: object) -> list[Cell]:
+    """Of a recipe of one file of rows, which lies beside it."""
+    (folder / "rows.jsonl").write_text('{"text": "a", "label": "b"}\n')
+    (folder / "r.yaml").write_text(pyyaml.safe_dump(value, allow_unicode=True), encoding="utf-8")
+    return cells_of(read_recipe(folder / "r.yaml", str(folder)))
+
+
+def check_cells(cells: list[Cell]) -> None:
+    """Names are unique and safe for files; each cell comes after those that it waits for."""
+    names = [cell.name for cell in cells]
+    assert len(set(names)) == len(names)
+    for n, cell in enumerate(cells):
+        assert re.fullmatch(r"\w[\w.-]{1,220}", cell.name, re.ASCII)
+        assert cell_file(Path("f"), cell.name).parent == Path("f/cells")
+        assert len(f".{cell.name}.generations.jsonl.1234567.tmp".encode()) <= 255
+        assert set(cell.needs) <= set(names[:n])
+        assert json.loads(json.dumps(cell.spec, allow_nan=False)) == cell.spec
+        assert cell.name.endswith(digest(cell.spec))
+
+
+@QUICK
+@given(anything)
+def test_any_value_is_a_grid_or_one_error(value):
+    try:
+        text = pyyaml.safe_dump(value, allow_unicode=True)
+        text.encode()
+    except (pyyaml.YAMLError, UnicodeEncodeError):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            cells = cells_in(Path(folder), value)
+        except RankwiseError as error:
+            assert str(error) and "\n" not in str(error)
+        else:
+            check_cells(cells)
+
+
+labels = st.sampled_from(
+    ["../x", "..", ".x", "/etc/passwd", "a/b", "\u6f22" * 90, "\u202ex", "-x", "a b", "x" * 300]
+) | st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=90)
+
+
+@st.composite
+def recipes(draw) -> dict:
+    """What is a recipe, its labels of any letters."""
+    task = {"train_file": "rows.jsonl", "kind": "classification"}
+    tasks = draw(st.lists(labels.filter(str.strip), min_size=1, max_size=3, unique=True))
+    rates = draw(st.lists(st.floats(1e-6, 1.0), min_size=1, max_size=3, unique=True))
+    methods = {}
+    for label in draw(st.lists(labels.filter(str.strip), min_size=1, max_size=3, unique=True)):
+        methods[label] = {"method": "lora", "r": draw(st.integers(1, 8))}
+    if draw(st.booleans()):
+        first = next(iter(methods))
+        methods["its size"] = {"method": "random", "same_size_as": first}
+    return {
+        "model": draw(st.text("abc/", min_size=1, max_size=9).filter(lambda t: t.strip("/"))),
+        "tasks": {label: task for label in tasks if label not in KNOWN_NAMES},
+        "methods": methods,
+        "seeds": draw(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=2, unique=True)),
+        "rates": rates,
+    }
+
+
+@QUICK
+@given(recipes(), st.data())
+def test_a_recipe_s_cells_have_stable_names_and_hold_what_they_say(recipe, data):
+    if not recipe["tasks"]:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        cells = cells_in(Path(folder), recipe)
+        check_cells(cells)
+        # neither the order of a recipe's keys nor where it lies is in a name
+        keys = data.draw(st.permutations(list(recipe)))
+        with tempfile.TemporaryDirectory() as elsewhere:
+            again = cells_in(Path(elsewhere), {key: recipe[key] for key in keys})
+        assert [cell.name for cell in again] == [cell.name for cell in cells]
+        # what a cell leaves is read back as it was, whatever its labels are
+        cell = data.draw(st.sampled_from(cells))
+        path = cell_file(Path(folder), cell.name)
+        write_failure(path, Failure(cell.spec, "it diverged", True))
+        assert read_cell(path) == Failure(cell.spec, "it diverged", True)
+        changed = dict(recipe, seeds=[(recipe["seeds"][0] + 1) % 2**32])
+        other = {cell.name for cell in cells_in(Path(folder), changed)}
+        assert not other & {cell.name for cell in cells}
 
 
 # What is shown, and flags

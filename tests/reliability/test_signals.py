@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from inputs import ROWS, train
+from case import ROWS, train
 from same import difference
 
 SIGNALS = [signal.SIGTERM, signal.SIGHUP, signal.SIGINT]

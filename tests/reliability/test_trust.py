@@ -5,10 +5,12 @@ import pickle
 import shutil
 from pathlib import Path
 
+import grids
 import pytest
 import yaml as pyyaml
-from inputs import ROWS, train
+from case import ROWS, train
 from same import names
+from small import given
 
 from rankwise import escape
 from rankwise.adapter import card_header
@@ -106,6 +108,185 @@ def test_a_model_s_own_code_is_not_run_unasked(forks, tiny_bert, tmp_path):
     assert names(tmp_path / "work") and not (tmp_path / "owned").exists()
 
 
+# Adapters, base models, recipes, plans and results of others
+
+
+@pytest.fixture(scope="module")
+def stand(forks, tiny_bert, tmp_path_factory):
+    """A finished run, a chat model and its adapter."""
+    return given(forks, tiny_bert, tmp_path_factory.mktemp("given"))
+
+
+def changed(folder: Path, file: str, **values) -> None:
+    """Other values in a JSON file."""
+    about = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    (folder / file).write_text(json.dumps(about | values))
+
+
+@pytest.fixture
+def work(tmp_path, stand):
+    """A folder to work in, with rows and copies of both adapters, and a secret beside it."""
+    (tmp_path / "secret").write_text("mine")
+    place = tmp_path / "work"
+    place.mkdir()
+    (place / "rows.jsonl").write_text(ROWS)
+    shutil.copytree(Path(stand.result) / "adapter", place / "a")
+    shutil.copytree(stand.spoken, place / "s")
+    yield place
+    # whatever was tried: nothing beside the folder, and what was there is as it was
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["secret", "work"]
+    assert (tmp_path / "secret").read_text() == "mine"
+
+
+EVALUATE = ["evaluate", "--adapter", "a", "--test_file", "rows.jsonl", "--use_cpu"]
+PREDICT = ["predict", "--adapter", "a", "--input_file", "rows.jsonl", "--output_file", "p.jsonl"]
+MERGE = ["export", "--adapter", "s", "--to", "merged", "--output_dir", "merged"]
+VERIFY = ["verify", "s"]
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9/x", "ftp://127.0.0.1/x", "//127.0.0.1/x"])
+def test_a_base_that_is_an_address_is_not_asked(forks, work, address):
+    """Online: what is no hub id and no folder reaches nobody."""
+    for folder in ("a", "s"):
+        changed(work / folder, "adapter_config.json", base_model_name_or_path=address)
+    changed(work / "a", "task.json", base=address)
+    for argv in (EVALUATE, PREDICT, MERGE, VERIFY):
+        done = forks.run(argv, work, watch=True, online=True)
+        assert done.forbidden == [] and not done.crashed, done.err
+        assert done.code == 2 or argv is VERIFY, done.err  # which says that it has no base model
+
+
+def test_code_beside_an_adapter_or_its_base_is_not_run(forks, stand, work, tmp_path):
+    """`auto_map` in every config that has one, PEFT's `auto_mapping`, and the code beside them."""
+    code = f"open({str(tmp_path / 'owned')!r}, 'w')"
+    for name, source in (("bert", stand.model), ("llama", stand.chat)):
+        shutil.copytree(source, work / name)
+    theirs = {"AutoConfig": "theirs.C", "AutoModelForSequenceClassification": "theirs.M"}
+    theirs |= {"AutoModelForCausalLM": "theirs.M", "AutoModel": "theirs.M"}
+    for folder, base in (("a", "bert"), ("s", "llama")):
+        for place in (work, work / folder, work / base):
+            (place / "theirs.py").write_text(code)
+        changed(work / base, "config.json", model_type="theirs", auto_map=theirs)
+        tokenizer = {"auto_map": {"AutoTokenizer": ["theirs.T", "theirs.T"]}}
+        tokenizer["tokenizer_class"] = "Theirs"
+        changed(work / base, "tokenizer_config.json", **tokenizer)
+        changed(work / folder, "tokenizer_config.json", **tokenizer)
+        about = {"parent_library": "theirs", "base_model_class": "M"}
+        changed(work / folder, "adapter_config.json", auto_mapping=about, auto_map=theirs)
+        base = str(work / base)
+        changed(work / folder, "adapter_config.json", base_model_name_or_path=base)
+    changed(work / "a", "task.json", base=str(work / "bert"))
+    trained = [word.replace("{model}", "bert") for word in train()]
+    vllm = ["export", "--adapter", "s", "--to", "vllm", "--output_dir", "v"]
+    cut = ["cut", "--adapter", "a", "--rank", "1", "--output_dir", "c"]
+    for argv in (trained, EVALUATE, PREDICT, MERGE, VERIFY, vllm, cut):
+        done = forks.run(argv, work, watch=True)
+        assert done.forbidden == [] and not done.crashed, done.err
+        assert done.code == 2 or argv in (vllm, cut, VERIFY), done.err
+
+
+@pytest.mark.parametrize("text", ["true", "yes", "'1'", "[1]"])
+def test_no_file_lets_code_run(forks, stand, work, text):
+    (work / "c.yaml").write_text(f"trust_remote_code: {text}\n")
+    model = f"{{model_name_or_path: {stand.model}, trust_remote_code: {text}}}"
+    recipe = f"model: {model}\ntasks: {{t: {{train_file: rows.jsonl}}}}\nmethods: [lora]\n"
+    (work / "r.yaml").write_text(recipe)
+    trained = [word.replace("{model}", stand.model) for word in train("--config", "c.yaml")]
+    for argv in (trained, ["compare", "r.yaml", "--output_dir", "out", "--list"]):
+        done = forks.run(argv, work, watch=True)
+        assert done.code == 2 and done.forbidden == []
+        assert "give --trust_remote_code on the command line" in done.line
+
+
+def test_a_tag_of_yaml_runs_nothing(forks, stand, work):
+    for tag in ("!!python/object/apply:os.system [touch owned]", "!!python/name:os.system"):
+        (work / "c.yaml").write_text(f"seed: {tag}\n")
+        (work / "r.yaml").write_text(f"model: {tag}\n")
+        trained = [word.replace("{model}", stand.model) for word in train("--config", "c.yaml")]
+        for argv in (trained, ["compare", "r.yaml", "--output_dir", "out"]):
+            done = forks.run(argv, work, watch=True)
+            assert done.code == 2 and "not YAML" in done.line and done.forbidden == []
+    assert not (work / "owned").exists()
+
+
+OUT = ["../../x", "/tmp/rankwise-owned/x", "..", "a/../../../x"]
+
+
+@pytest.mark.parametrize("name", OUT)
+def test_a_name_is_no_path(forks, stand, work, name):
+    """Of tasks and methods in recipes, of an adapter's task, of a plan's modules, of results."""
+    recipe = {"model": stand.model, "tasks": {name: {"train_file": "rows.jsonl"}}}
+    recipe |= {"methods": {name: {"method": "lora", "r": 2}}, "data_dir": str(work)}
+    (work / "r.yaml").write_text(pyyaml.safe_dump(recipe))
+    changed(work / "a", "task.json", name=name, kind="classification")
+    plan = json.loads((Path(stand.result) / "plan.json").read_text())
+    entry = next(iter(plan["modules"].values())) | {"module": name}
+    plan |= {"modules": {name: entry}, "provenance": {"method": {"name": name}, "model": name}}
+    (work / "plan.json").write_text(json.dumps(plan))
+    result = changed_result(("about", "cell", "name"), name)
+    for way in (("name",), ("task", "name"), ("model",), ("method", "name")):
+        result = grids.changed(result, way, name)
+    (work / "m.json").write_text(json.dumps(result))
+    trained = [word.replace("{model}", stand.model) for word in train("--plan", "plan.json")]
+    for argv in (
+        ["compare", "r.yaml", "--output_dir", "grid", "--list"],
+        ["compare", "r.yaml", "--output_dir", "grid", "--snakefile"],
+        ["train", *trained[5:]],
+        EVALUATE,
+        ["report", "m.json", "--output_dir", "report"],
+        ["cut", "--adapter", "a", "--rank", "1", "--output_dir", "c"],
+    ):
+        done = forks.run(argv, work, watch=True)
+        assert done.code in (0, 2) and not done.crashed, done.err
+        assert done.forbidden == []
+
+
+def changed_result(way, value):
+    return grids.changed(grids.GOOD, way, value)
+
+
+def test_a_link_in_an_adapter_brings_nothing_along(forks, work, tmp_path):
+    """A link to a file of the user's is not exported, where it might be published."""
+    for name in ("vocab.txt", "chat_template.jinja", "plan.json"):
+        (work / "s" / name).symlink_to(tmp_path / "secret")
+    (work / "s" / "vocab.json").write_text("{}")
+    (work / "s" / "merges.txt").symlink_to("vocab.json")  # as within the hub's cache
+    argv = ["export", "--adapter", "s", "--to", "vllm", "--output_dir", "out"]
+    done = forks.run(argv, work, watch=True)
+    assert done.code == 0 and done.forbidden == [], done.err
+    assert {"vocab.json", "merges.txt"} <= set(names(work / "out"))
+    assert not {"vocab.txt", "chat_template.jinja", "plan.json"} & set(names(work / "out"))
+
+
+def test_a_chat_template_runs_nothing(forks, stand, work):
+    """Jinja's ways out of its sandbox, and rows that point at pictures on the network."""
+    shutil.copytree(stand.chat, work / "chat")
+    argv = ["run", "--method", "lora", "--control", "none", "--kind", "chat", *FAST, "--r", "2"]
+    argv += ["--model_name_or_path", "chat", "--train_file", "c.jsonl", "--output_dir", "out"]
+    turn = {"role": "user", "content": "red"}
+    row = {"messages": [turn, {"role": "assistant", "content": "cat"}]}
+    (work / "c.jsonl").write_text((json.dumps(row) + "\n") * 20)
+    template = (work / "chat" / "chat_template.jinja").read_text()
+    attack = "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ cycler.__init__.__globals__ }}"
+    (work / "chat" / "chat_template.jinja").write_text(attack + template)
+    done = forks.run(argv, work, watch=True)
+    assert done.code == 2 and not done.crashed and done.forbidden == [], done.err
+    (work / "chat" / "chat_template.jinja").write_text(template)
+    picture = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/x.png"}}
+    row["messages"][0] = {"role": "user", "content": [picture]}
+    (work / "c.jsonl").write_text((json.dumps(row) + "\n") * 20)
+    done = forks.run(argv, work, watch=True, online=True)
+    assert done.code == 2 and not done.crashed and done.forbidden == [], done.err
+
+
+def test_what_is_sent_away_is_a_flag_of_its_own(forks, stand, work):
+    """Trainer's own upload, which a file of arguments could ask for."""
+    for key in ("push_to_hub", "hub_model_id"):
+        argv = train("--training_arguments", json.dumps({key: True}))
+        done = forks.run([w.replace("{model}", stand.model) for w in argv], work, watch=True)
+        assert done.code == 2 and "give --push_to_hub" in done.line and done.forbidden == []
+
+
 # What is shown
 
 NASTY = "x\n---\nlicense: mit\n# [bold](http://x) | <img src=x> \x1b[2J\x9b31m\u202e `y` [/x]"
@@ -134,6 +315,17 @@ def test_a_line_of_markdown_is_the_text_and_nothing_else():
 
 def test_html_is_text():
     assert "<" not in escape.html(NASTY) and '"' not in escape.html('a"b')
+
+
+def test_an_exports_card_says_what_it_is(forks, work):
+    """Of a base model whose name is Markdown, YAML and an escape."""
+    changed(work / "s", "adapter_config.json", base_model_name_or_path=NASTY)
+    argv = ["export", "--adapter", "s", "--to", "vllm", "--output_dir", "out"]
+    done = forks.run(argv, work, watch=True)
+    assert done.code == 0 and done.forbidden == [], done.err
+    card = (work / "out" / "README.md").read_text()
+    assert "\x1b" not in card and "img" not in card
+    assert set(pyyaml.safe_load(card.split("---")[1])) == {"library_name", "tags"}
 
 
 @pytest.mark.parametrize("base", [NASTY, "a b", "../../x", "x: y", 5, None, ["x"], "a/b/c"])

@@ -1,8 +1,10 @@
 """What a report says of result files: which LoRA pairs with what, differences, costs, what is left
 out. The expected figures are worked out by hand."""
 
+import copy
 import json
 import math
+import random
 
 import pytest
 
@@ -260,15 +262,62 @@ def test_files_that_cannot_be_read_are_said_one_line_each(tmp_path, capsys):
         {"about": {"cell": []}},
         {"about": {"cell": {"spec": "x"}}},
         {"about": {"floor": 3}},
+        {"task": {"name": "a", "metrics": [[]]}},
+        {"training": {"seed": "x", "learning_rate": 1e-3}},
+        {"training": {"seed": 0}},
+        {"about": {"judged": {"x": 0.1}}},
+        {"about": {"cell": {"spec": {"size_of": ["x"]}}}},
     ],
 )
 def test_a_result_that_says_too_little_is_left_out_and_said(changes, tmp_path):
     records = [*both("a", 0, 0.8, 0.9), record("odd", "a", 0, 0.7, kind="X") | changes]
     suite = loaded(tmp_path, records)
     (problem,) = suite.problems
-    assert "2.json: odd: its" in problem or "2.json: odd: what it says" in problem
+    assert "2.json: odd: its" in problem or " as compare writes " in problem
     assert [arm.label for arm in suite.arms] == ["lora", "ours"]
     markdown("t", sections(suite, "c"))
+
+
+def fields_of(value, at=()):
+    if at:
+        yield at
+    for key in value if isinstance(value, dict) else ():
+        yield from fields_of(value[key], (*at, key))
+
+
+def test_any_field_of_any_value_is_a_report_or_a_line(tmp_path):
+    """Every field of a result in turn, replaced by a value that it never has."""
+    odd = [None, True, -1, 10**30, "", "../x\x1b[2J", [[]], {}, {"x": {"y": 1}}]
+    good = both("a", 0, 0.8, 0.9)
+    rng = random.Random(0)
+    for where in fields_of(good[1]):
+        for value in rng.sample(odd, 3):
+            changed = copy.deepcopy(good)
+            inner = changed[1]
+            for key in where[:-1]:
+                inner = inner[key]
+            inner[where[-1]] = value
+            markdown("t", sections(loaded(tmp_path, changed), "c"))
+
+
+def test_a_run_beside_a_grid_is_nobodys_size(tmp_path):
+    """A run is no cell, so that it has no name that others could take their size of."""
+    run = record("theirs", "c", 0, 0.9, kind="X")
+    del run["about"]["cell"]
+    suite = loaded(tmp_path, [*both("a", 0, 0.8, 0.9), run])
+    assert {arm.label: arm.size_of for arm in suite.arms} == dict.fromkeys(
+        ("lora", "ours", "theirs"), ""
+    )
+
+
+def test_a_control_that_shares_no_place_yet_is_not_compared_with(tmp_path):
+    records = [
+        record("ours", "a", 0, 0.9, kind="X"),
+        record("its", "b", 0, 0.8, size_of="a-ours-0"),
+        record("lora", "a", 0, 0.7),
+    ]
+    compared = by_arm(loaded(tmp_path, records))
+    assert compared["ours"].reference.label == "lora"
 
 
 @pytest.mark.parametrize("content", [None, "empty", "broken"])
@@ -311,5 +360,5 @@ def test_markdown_keeps_hostile_text_as_text(tmp_path):
 def test_the_folder_of_a_grid_is_read(tmp_path):
     write(tmp_path, both("a", 0, 0.8, 0.9))
     assert len(load([tmp_path]).results) == len(load([tmp_path / "cells"]).results) == 2
-    with pytest.raises(ResultError, match="no file or folder"):
+    with pytest.raises(ResultError, match="nowhere: No such file"):
         load([tmp_path / "nowhere"])

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 FULL = 2**24  # a disk with fewer free bytes is called full
+LONGEST = 500  # characters of a word that are shown
 
 _asked: list[int] = []  # the signals that asked this process to end
 
@@ -119,8 +120,16 @@ def let_go(drop: bool = True) -> "list[Any]":
 def fail(message: str, code: int) -> "NoReturn":
     from rankwise.escape import terminal
 
-    print(f"rankwise: {terminal(message)}", file=sys.stderr)
+    print(f"rankwise: {terminal(_shortened(message))}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def _shortened(message: str) -> str:
+    """Values that go on without a space for longer than any path, by their beginning and length."""
+    return " ".join(
+        word if len(word) <= LONGEST else f"{word[:60]}... ({len(word):,} characters)"
+        for word in message.split(" ")
+    )
 
 
 def _as_flags(message: str) -> str:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from rankwise.cli.arguments import flag, required
 from rankwise.cli.flags import Group, parse
-from rankwise.errors import RankwiseError
+from rankwise.errors import RankwiseError, ResultError
+from rankwise.escape import terminal
 
 if TYPE_CHECKING:
     from rankwise.compare.cells import Cell
@@ -26,6 +27,7 @@ class CompareArguments:
     output_dir: str | None = flag(None, "folder for the results, cells/NAME.json; may have some")
     data_dir: str | None = flag(None, "folder of a folder a task, instead of the recipe's")
     model_name_or_path: str | None = flag(None, "base model, instead of the recipe's")
+    trust_remote_code: bool = flag(False, "run code that the model or data set brings along")
     workers: int = flag(1, "cells at a time; threads and GPUs are shared out among them")
     threads: int | None = flag(None, "threads of a cell; without it, cores / workers")
     cell: str | None = flag(None, "run this one alone, and what it waits for")
@@ -42,13 +44,18 @@ def main(argv: Sequence[str]) -> None:
     (given,) = parse("compare", main.__doc__ or "", [Group("grid", CompareArguments())], argv)
     from rankwise.compare.cells import cells_of
     from rankwise.compare.recipe import read_recipe
+    from rankwise.files import check_folder
 
+    if given.estimate < 0:
+        raise RankwiseError(f"--estimate is {given.estimate}; it has to be a number of steps")
     for name in ("workers", "threads"):
         if (value := getattr(given, name)) is not None and value < 1:
             raise RankwiseError(f"--{name} is {value}; it has to be at least 1")
     path = required(given.recipe, "recipe", "compare")
     folder = Path(required(given.output_dir, "output_dir", "compare"))
-    recipe = read_recipe(path, given.data_dir, given.model_name_or_path)
+    check_folder(folder, "--output_dir")
+    trusted = given.trust_remote_code
+    recipe = read_recipe(path, given.data_dir, given.model_name_or_path, trusted)
     cells = cells_of(recipe)
     if given.list:
         _list(cells, folder, given)
@@ -70,6 +77,7 @@ def command(given: CompareArguments, *, absolute: bool = False) -> list[str]:
     for name, value in paths.items():
         if value is not None:
             line += [f"--{name}", _path(value, absolute)]
+    line += ["--trust_remote_code"] * given.trust_remote_code
     return [*line, "--cell"]
 
 
@@ -82,7 +90,12 @@ def _list(cells: "Sequence[Cell]", folder: Path, given: CompareArguments) -> Non
     from rankwise.compare.cells import cell_file, is_over, read_cell
 
     for cell in cells:
-        if not is_over(read_cell(cell_file(folder, cell.name))):
+        try:
+            found = read_cell(cell_file(folder, cell.name))
+        except ResultError as error:  # running the cell sets it aside
+            print(f"rankwise: {terminal(error)}", file=sys.stderr)
+            found = None
+        if not is_over(found):
             print(shlex.join([*command(given), cell.name]))
 
 
@@ -126,13 +139,15 @@ def _estimate(recipe: "Recipe", cells: "Sequence[Cell]", folder: Path, steps: in
 
 
 def _one(recipe: "Recipe", cells: "Sequence[Cell]", folder: Path, given: CompareArguments) -> None:
-    from rankwise.compare.cells import Failure, cell_file, read_cell
+    from rankwise.compare.cells import Failure, cell_file, read_cell, set_aside
     from rankwise.compare.recipe import nearest
 
     by_name, name = {cell.name: cell for cell in cells}, given.cell or ""
     if name not in by_name:
         raise RankwiseError(f"the recipe has no cell {name!r}{nearest(name, list(by_name)[:20])}")
     path = cell_file(folder, name)
+    if said := set_aside(folder, name):
+        print(f"rankwise: {terminal(said)}", file=sys.stderr)
     if given.retry_failed and isinstance(read_cell(path), Failure):
         path.unlink()
     from rankwise.compare.execute import execute
@@ -143,7 +158,7 @@ def _one(recipe: "Recipe", cells: "Sequence[Cell]", folder: Path, given: Compare
         torch.set_num_threads(given.threads)
     found = execute(recipe, by_name, name, folder, given.workers)
     if isinstance(found, Failure):
-        print(f"rankwise: {name} failed: {found.error}", file=sys.stderr)
+        print(f"rankwise: {name} failed: {terminal(found.error)}", file=sys.stderr)
         # a failure that would be repeated is a finding like another, and what waits goes on
         raise SystemExit(0 if found.again else 1)
     print(path)
@@ -156,13 +171,13 @@ def _all(recipe: "Recipe", cells: "Sequence[Cell]", folder: Path, given: Compare
 
     said = [line for cell in cells if (line := set_aside(folder, cell.name))]
     for line in said:
-        print(f"rankwise: {line}", file=sys.stderr)
+        print(f"rankwise: {terminal(line)}", file=sys.stderr)
     left = [c for c in cells if not is_over(read_cell(cell_file(folder, c.name)))]
     wrong = check_first(recipe, left, given.workers) if left else []
     if wrong:
         *others, last = wrong
         for line in others:
-            print(f"rankwise: {line}", file=sys.stderr)
+            print(f"rankwise: {terminal(line)}", file=sys.stderr)
         raise RankwiseError(f"{last}. Nothing was run: mend the recipe")
     # a scheduler's way to stop a job: the cells' processes are to end with this one
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -16,6 +16,9 @@ from typing import Any, Literal, NoReturn
 from rankwise.errors import RankwiseError
 from rankwise.reading import Unreadable, parse_json, read_yaml
 
+# What no file may switch on, since files are passed on: only the command line says so.
+TYPED = ("trust_remote_code",)
+
 # A second spelling: torchrun takes --r for a beginning of its own flags, wherever it stands.
 ALSO = {"r": ("--lora_r",)}
 
@@ -315,14 +318,33 @@ def _config_flags(path: str, actions: dict[str, Action], elsewhere: Mapping[str,
 def _as_flags(where: str, values: Mapping[str, Any], actions: Mapping[str, Action]) -> list[str]:
     flags = []
     for key, value in values.items():
+        if key in TYPED and value not in (None, False):
+            raise RankwiseError(
+                f"{where} has {key}, which no file may switch on; give --{key} on the command line"
+            )
         several = actions[key].nargs == "+"
         if isinstance(value, list) and not several:
             raise RankwiseError(f"{where}: {key} is {value}; it takes one value")
+        for one in value if isinstance(value, list) else [value]:
+            _check_text(where, key, one, actions[key], isinstance(value, list))
         if several and value not in (None, []):
             flags += [f"--{key}", *map(_text, value if isinstance(value, list) else [value])]
         elif not several and value is not None:
             flags.append(f"--{key}={_text(value)}")
     return flags
+
+
+def _check_text(where: str, key: str, one: Any, action: Action, listed: bool) -> None:
+    """Raises RankwiseError where a flag that takes a text is given what is none: YAML reads an
+    unquoted yes, no, on or off as true or false."""
+    if action.type is not _plain and not action.choices:
+        return
+    if isinstance(one, bool):
+        raise RankwiseError(
+            f"{where}: {key} is {_text(one)}; it takes a text, so put what is meant in quotes"
+        )
+    if isinstance(one, dict | list) or (one is None and listed):
+        raise RankwiseError(f"{where}: {key} is or has {one!r}; it takes a text")
 
 
 def _text(value: Any) -> str:

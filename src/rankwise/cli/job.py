@@ -157,6 +157,8 @@ def training_arguments(fit: FitArguments) -> "TrainingArguments":
     ours = {*values, "output_dir", "save_strategy", "label_names", "eval_strategy"}
     if clash := sorted(set(extra) & ours):
         raise RankwiseError(f"--training_arguments: {clash[0]} is set elsewhere; leave it out")
+    if sent := [key for key in extra if key.startswith(("push_to_hub", "hub_"))]:
+        raise RankwiseError(f"--training_arguments: {sent[0]} is none here; give --push_to_hub")
     if secret := [key for key in extra if key.endswith("token")]:
         raise RankwiseError(f"--training_arguments: {secret[0]} would be written to metrics.json")
     kinds = typing.get_type_hints(TrainingArguments)

@@ -43,10 +43,11 @@ def main(argv: Sequence[str]) -> None:
     target = None if rows.output_file is None else Path(rows.output_file)
     if target is not None and target.suffix not in (".jsonl", ".csv"):
         raise OutputError(f"--output_file is {target.name!r}; it has to end in .jsonl or .csv")
-    if target is not None and target.exists():
-        raise OutputError(f"{target} exists; give a new --output_file")
     from rankwise.cli import quiet
-    from rankwise.files import write_text
+    from rankwise.files import check_new, write_text
+
+    if target is not None:
+        check_new(target, "--output_file")
     from rankwise.predicting import predict
 
     quiet()

@@ -9,6 +9,7 @@ from pathlib import Path
 from rankwise.cli.arguments import flag
 from rankwise.cli.flags import Group, parse
 from rankwise.errors import RankwiseError
+from rankwise.escape import terminal
 
 
 @dataclass
@@ -29,14 +30,16 @@ def main(argv: Sequence[str]) -> None:
                      argv)  # fmt: skip
     if not given.results:
         raise RankwiseError("rankwise report needs a folder of results; see rankwise report --help")
+    from rankwise.files import check_folder
     from rankwise.report.sections import said_of
     from rankwise.report.suite import load
     from rankwise.report.write import write_report
 
     suite = load(given.results)
-    for problem in suite.problems:
-        print(f"rankwise: {problem}", file=sys.stderr)
     first = Path(given.results[0])
     folder = Path(given.output_dir or (first if first.is_dir() else first.parent) / "report")
+    check_folder(folder, "--output_dir")
+    for problem in suite.problems:
+        print(f"rankwise: {terminal(problem)}", file=sys.stderr)
     for path in write_report(suite, folder, said_of(given.results)):
         print(path)

@@ -9,6 +9,7 @@ from typing import Literal
 from rankwise.cli.arguments import flag, required
 from rankwise.cli.flags import Group, parse
 from rankwise.errors import DataError
+from rankwise.reading import Unreadable, parse_json
 
 
 @dataclass
@@ -105,9 +106,9 @@ def read_references(paths: Sequence[Path]) -> list[list[str]]:
 
 def _from_json(line: str, path: Path, number: int) -> list[str]:
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{path}:{number}: not a line of JSON ({error})") from error
+        row = parse_json(line, finite=False)
+    except Unreadable as error:
+        raise DataError(f"{path}:{number}: {error}; mend the line") from error
     found = row.get("references") if isinstance(row, dict) else None
     if isinstance(found, str):
         found = [found]

@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from re import sub
+from re import ASCII, sub
 from typing import Any
 
 from rankwise.cli.arguments import DataArguments, FitArguments, ModelArguments
 from rankwise.compare.recipe import MethodEntry, Recipe, TaskEntry
-from rankwise.errors import ResultError
+from rankwise.errors import OutputError, ResultError
 from rankwise.files import write_json
 from rankwise.reading import as_json, read_json
 from rankwise.result import Result
@@ -142,8 +142,14 @@ def _cell(
     spec = as_json(spec)
     parts = [task.label, method.label, f"seed{seed}"]
     parts += [f"rate{rates[0]:g}"] if held_out is not None else []
-    name = "-".join([*(sub(r"[^\w.]+", "_", part)[:60] for part in parts), digest(spec)])
+    name = "-".join([*map(_safe, parts), digest(spec)])
     return Cell(name, task, method, fit, recipe.seeds[0], held_out, judged or {}, size_of, spec)
+
+
+def _safe(label: str) -> str:
+    """A part of a file's name on every system: ASCII, no hidden file, not too long."""
+    plain = sub(r"[^\w.]+", "_", label, flags=ASCII)[:60]
+    return f"_{plain}" if plain.startswith(".") else plain
 
 
 def digest(spec: Mapping[str, Any]) -> str:
@@ -216,7 +222,10 @@ def read_cell(path: Path) -> Result | Failure | None:
 
     Raises:
         ResultError: a damaged file, or one of another schema; the message names it.
+        OutputError: a folder in its place.
     """
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder, and a cell's file goes there; move it away")
     if not path.is_file():
         return None
     raw = read_json(path, ResultError)

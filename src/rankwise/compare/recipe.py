@@ -1,6 +1,9 @@
 """Recipes: a YAML file that says what is compared, read and checked before anything runs."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,6 +14,7 @@ from rankwise.cli.flags import read_values
 from rankwise.decoding import Decoding
 from rankwise.errors import RankwiseError
 from rankwise.methods import METHODS, Method, by_name
+from rankwise.reading import read_yaml
 from rankwise.tasks.known import KNOWN, known_name
 
 KEYS = "model data_dir tasks methods seeds budget rates training tune max_length generation".split()
@@ -85,13 +89,20 @@ class Recipe:
     decoding: Decoding
 
 
-def read_recipe(path: str | Path, data_dir: str | None = None, model: str | None = None) -> Recipe:
+def read_recipe(
+    path: str | Path,
+    data_dir: str | None = None,
+    model: str | None = None,
+    trust_remote_code: bool = False,
+) -> Recipe:
     """Reads and checks a recipe.
 
     Args:
         path: a YAML file.
         data_dir: instead of the recipe's own: holds a folder a task.
         model: instead of the recipe's own.
+        trust_remote_code: run code that the model or a data set brings along; no recipe says so
+            itself.
 
     Raises:
         RankwiseError: no such file, not YAML, or a key, method, task, flag or value that is none;
@@ -104,25 +115,26 @@ def read_recipe(path: str | Path, data_dir: str | None = None, model: str | None
     raw = _yaml(Path(path))
     where = Path(path).name
     _known(where, "key", raw, KEYS)
-    folder = data_dir or raw.get("data_dir")
+    given = {key: value for key, value in raw.items() if key in ("data_dir", "max_length")}
+    rows = read_values(where, DataArguments(), given)
+    folder = data_dir or rows.get("data_dir")
     training = read_values(f"{where}: training", FitArguments(), _mapping(where, raw, "training"))
-    seeds = tuple(_numbers(where, "seeds", raw.get("seeds", [0]), int))
-    rates = tuple(_numbers(where, "rates", raw.get("rates", []), float))
-    if len(set(seeds)) < len(seeds) or len(set(rates)) < len(rates) or not seeds:
-        raise RankwiseError(f"{where}: seeds and rates are lists without repetitions")
+    seeds = _seeds(where, raw.get("seeds", [0]))
+    rates = _rates(where, raw.get("rates", []))
     if "seed" in training:
         raise RankwiseError(f"{where}: training has a seed; give seeds: [...] beside it")
     if rates and "learning_rate" in training:
         raise RankwiseError(f"{where}: training has a learning_rate, and rates are given too")
     if "learning_rate" in training:
-        rates = (training.pop("learning_rate"),)
+        rates = _rates(where, training.pop("learning_rate"))
     tune = _tune(where, _mapping(where, raw, "tune"))
     generation = _mapping(where, raw, "generation")
-    decoding = Decoding(**read_values(f"{where}: generation", Decoding(), generation))
-    max_length = raw.get("max_length", DataArguments().max_length)
+    with _place(f"{where}: generation"):
+        decoding = Decoding(**read_values(f"{where}: generation", Decoding(), generation))
+    max_length = rows.get("max_length", DataArguments().max_length)
     recipe = Recipe(
         Path(path),
-        _model(where, raw.get("model"), model),
+        replace(_model(where, raw.get("model"), model), trust_remote_code=trust_remote_code),
         tuple(_tasks(where, raw.get("tasks"), folder, max_length)),
         tuple(_methods(where, raw.get("methods"), rates, raw.get("budget"))),
         seeds,
@@ -130,23 +142,56 @@ def read_recipe(path: str | Path, data_dir: str | None = None, model: str | None
         tune,
         decoding,
     )
+    _check_paths(where, recipe)
+    looks = {key: value for key, value in tune.items() if key != "held_out"}
     for task in recipe.tasks:
-        fit = FitArguments(**(recipe.training | task.training))  # type: ignore[operator]
-        check_ranges([fit, task.data])
+        flags = {**recipe.training, **task.training}
+        with _place(f"{where}: tasks.{task.label}"):
+            check_ranges([FitArguments(**flags), task.data])
+        with _place(f"{where}: tune"):
+            check_ranges([FitArguments(**flags | looks)])
     return recipe
 
 
 def _yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        said = " ".join(str(error).split())
-        raise RankwiseError(f"cannot read the recipe {path}: {said}") from error
+    raw = read_yaml(path, _RecipeError)
     if not isinstance(raw, dict):
         raise RankwiseError(f"{path} holds a {type(raw).__name__}; a recipe maps keys to values")
     return raw
+
+
+class _RecipeError(RankwiseError):
+    """Says that it was the recipe."""
+
+    def __init__(self, message: str):
+        super().__init__(message.replace("cannot read ", "cannot read the recipe ", 1))
+
+
+@contextmanager
+def _place(where: str) -> Iterator[None]:
+    """What is refused in the block is said to be there, as a key and not as a flag."""
+    try:
+        yield
+    except RankwiseError as error:
+        said = str(error)
+        said = said if said.startswith(where) else f"{where}: {said.removeprefix('--')}"
+        raise RankwiseError(said) from error
+
+
+def _check_paths(where: str, recipe: Recipe) -> None:
+    """Raises RankwiseError at a path that no system call takes, before files are looked for."""
+    named = {"model": recipe.model.model_name_or_path}
+    for task in recipe.tasks:
+        for key in ("data_dir", "train_file", "validation_file", "test_file"):
+            named[f"tasks.{task.label}.{key}"] = getattr(task.data, key)
+    for key, path in named.items():
+        try:
+            os.stat(path or "")
+        except FileNotFoundError:
+            continue  # is said when it is read, with what there is
+        except (OSError, ValueError) as error:
+            said = getattr(error, "strerror", None) or error
+            raise RankwiseError(f"{where}: {key} is {path!r}: {said}; give another") from error
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -162,21 +207,42 @@ def _known(where: str, what: str, names: Any, known: Sequence[str]) -> None:
 
 
 def _mapping(where: str, raw: Mapping[str, Any], key: str) -> dict[str, Any]:
-    value = raw.get(key) or {}
+    value = {} if raw.get(key) is None else raw[key]
     if not isinstance(value, dict):
         raise RankwiseError(f"{where}: {key} is {value!r}; it has to map names to values")
     return value
 
 
-def _numbers(where: str, key: str, values: Any, kind: Callable[[Any], Any]) -> list[Any]:
-    values = values if isinstance(values, list) else [values]
-    try:
-        found = [kind(value) for value in values]
-    except (TypeError, ValueError) as error:
-        raise RankwiseError(f"{where}: {key} are {values!r}; give a list of numbers") from error
-    if any(not (number >= 0 if kind is int else 0 < number < 1e3) for number in found):
-        raise RankwiseError(f"{where}: {key} are {values!r}; one is out of range")
-    return found
+def _seeds(where: str, values: Any) -> tuple[int, ...]:
+    """One or several, each once. `seeds: 1.5` and `seeds: yes` are none."""
+    found = values if isinstance(values, list) else [values]
+    for value in found:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**32:
+            raise RankwiseError(
+                f"{where}: seeds has {value!r}; give whole numbers from 0 on, below {2**32}"
+            )
+    if not found or len(set(found)) < len(found):
+        raise RankwiseError(f"{where}: seeds is {values!r}; give at least one, without repetitions")
+    return tuple(found)
+
+
+def _rates(where: str, values: Any) -> tuple[float, ...]:
+    """Learning rates, one or several, each once. YAML reads 1e-4 as a text, 1.0e-4 as a number."""
+    found = []
+    for value in values if isinstance(values, list) else [values]:
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise RankwiseError(f"{where}: rates has {value!r}; give a list of numbers") from error
+        if not 0 < number < 1e3:
+            raise RankwiseError(
+                f"{where}: rates has {value!r}, which is out of range; a learning rate is a number "
+                "> 0 and < 1000"
+            )
+        found.append(number)
+    if len(set(found)) < len(found):
+        raise RankwiseError(f"{where}: rates is {values!r}; name each rate once")
+    return tuple(found)
 
 
 def _tune(where: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -200,11 +266,16 @@ def _model(where: str, given: Any, instead: str | None) -> ModelArguments:
 
 def _entries(where: str, key: str, given: Any) -> dict[str, dict[str, Any]]:
     """A list of names, or a mapping of names to what is said of each."""
-    if isinstance(given, list):
-        given = dict.fromkeys(map(str, given))
-    if not isinstance(given, dict) or not given:
+    labels = list(given) if isinstance(given, dict | list) else []
+    if not labels:
         raise RankwiseError(f"{where}: {key} is {given!r}; give a list of names, or name: {{...}}")
-    return {str(label): _mapping(f"{where}: {key}", given, label) for label in given}
+    for label in labels:
+        if not isinstance(label, str) or not label.strip():
+            raise RankwiseError(f"{where}: {key} has the name {label!r}; a name is a text")
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise RankwiseError(f"{where}: {key} has {twice[0]!r} twice; leave one")
+    about = given if isinstance(given, dict) else dict.fromkeys(labels)
+    return {label: _mapping(f"{where}: {key}", about, label) for label in labels}
 
 
 def _tasks(where: str, given: Any, folder: Any, max_length: Any) -> list[TaskEntry]:
@@ -246,7 +317,8 @@ def _names() -> list[str]:
 
 
 def _methods(where: str, given: Any, rates: tuple[float, ...], budget: Any) -> list[MethodEntry]:
-    if budget is not None and (not isinstance(budget, int) or budget < 1):
+    whole = isinstance(budget, int) and not isinstance(budget, bool)
+    if budget is not None and not (whole and 0 < budget < 2**63):
         raise RankwiseError(f"{where}: budget is {budget!r}; give a number of parameters")
     entries = _entries(where, "methods", given)
     raw: dict[str, tuple[Method, dict[str, Any], str | None, tuple[float, ...]]] = {}
@@ -260,7 +332,7 @@ def _methods(where: str, given: Any, rates: tuple[float, ...], budget: Any) -> l
         ours = ("method", "same_size_as", "rates")
         _known(here, f"flag of {name}", about, [*known, *ours])
         flags = read_values(here, like, {k: v for k, v in about.items() if k not in ours})
-        own = tuple(_numbers(here, "rates", about["rates"], float)) if "rates" in about else rates
+        own = _rates(here, about["rates"]) if "rates" in about else rates
         if len(own) != len(rates) and (rates or len(own) > 1):
             raise RankwiseError(
                 f"{here}: {len(own)} rates, where the recipe has {len(rates)}; every method is "

@@ -23,6 +23,7 @@ from rankwise.compare.cells import (
     write_failure,
 )
 from rankwise.compare.recipe import Recipe
+from rankwise.escape import terminal
 from rankwise.result import Result
 
 POLL = 0.05  # seconds between two looks at the processes
@@ -96,7 +97,7 @@ def run_grid(
     grid = Grid({cell.name: cell for cell in cells}, workers=workers)
     for name in grid.cells:
         if said := set_aside(folder, name):
-            print(f"rankwise: {said}", file=sys.stderr)
+            print(f"rankwise: {terminal(said)}", file=sys.stderr)
         found = read_cell(cell_file(folder, name))
         if isinstance(found, Failure) and (retry_failed or not found.again):
             cell_file(folder, name).unlink()

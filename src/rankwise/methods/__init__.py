@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rankwise.errors import RankwiseError
+from rankwise.given import shown
 from rankwise.methods.adalora import AdaLoRA
 from rankwise.methods.autolora import AutoLoRA
 from rankwise.methods.base import Kept, LoraMethod, Method, Setting
@@ -67,8 +68,10 @@ def by_name(method: str | Method, **flags: Any) -> Method:
     """
     if isinstance(method, Method):
         return method.with_flags(**flags)
-    if method not in METHODS:
-        raise RankwiseError(f"method is {method!r}; give one of {', '.join(METHODS)}")
+    if isinstance(method, type) and issubclass(method, Method):
+        raise RankwiseError(f"method is the class {method.__name__}; give {method.__name__}()")
+    if not isinstance(method, str) or method not in METHODS:
+        raise RankwiseError(f"method is {shown(method)}; give one of {', '.join(METHODS)}")
     return METHODS[method].with_flags(**flags)
 
 

@@ -17,9 +17,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_type_hints
 
 from rankwise.errors import RankwiseError
+from rankwise.given import fits, shown, words_for
 
 if TYPE_CHECKING:
     from torch import nn
@@ -122,8 +123,12 @@ class Method:
             raise TypeError(f"{cls.__name__}: {taken[0]!r} is a slot; name the flag otherwise")
 
     def __post_init__(self) -> None:
+        kinds = get_type_hints(type(self))
         for f in fields(self):
             value = getattr(self, f.name)
+            if not fits(value, kinds[f.name]):
+                what = words_for(kinds[f.name])
+                raise RankwiseError(f"{f.name} is {shown(value)}; it has to be {what}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise RankwiseError(f"{f.name} is {value}; it has to be a finite number")
 
@@ -337,6 +342,9 @@ class LoraMethod(Method):
             raise RankwiseError(f"r is {self.r!r}; a rank has to be an integer of at least 1")
         if self.lora_alpha is not None and not 0 < self.lora_alpha < float("inf"):
             raise RankwiseError(f"lora_alpha is {self.lora_alpha}; it has to be > 0")
+        budget = getattr(self, "budget", None)  # of those that take one
+        if budget is not None and budget < 1:
+            raise RankwiseError(f"budget is {budget}; it has to be at least 1")
         if not 0 <= self.lora_dropout < 1:
             raise RankwiseError(
                 f"lora_dropout is {self.lora_dropout}; it has to be at least 0 and below 1"

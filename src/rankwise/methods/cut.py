@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from rankwise.errors import DataError, RankwiseError
 from rankwise.methods.base import Kept, LoraMethod, Setting, flag
-from rankwise.methods.ordered import hand_over_ordered
+from rankwise.methods.ordered import check_budget, hand_over_ordered
 
 if TYPE_CHECKING:
     from torch import nn
@@ -78,8 +78,6 @@ class CutByData(LoraMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.budget is not None and self.budget < 1:
-            raise RankwiseError(f"budget is {self.budget}; it has to be at least 1")
         if self.margin is not None and not 0 <= self.margin < float("inf"):
             raise RankwiseError(f"margin is {self.margin}; it has to be at least 0")
         if not 0 <= self.heal < 1:
@@ -95,16 +93,7 @@ class CutByData(LoraMethod):
         self.halves(setting)
         if self.heal and sharding(setting.args):
             raise RankwiseError("heal trains a cut on, which FSDP cannot shard; leave heal out")
-        if self.budget is not None:
-            self._check_budget(plan)
-
-    def _check_budget(self, plan: "RankPlan") -> None:
-        least = max(entry.cost for entry in plan.modules.values())
-        if not least <= (self.budget or 0) <= plan.parameters:
-            raise RankwiseError(
-                f"budget is {self.budget}; cuts of this adapter have {least:,} to "
-                f"{plan.parameters:,} parameters"
-            )
+        check_budget(self.budget, plan)
 
     def halves(self, setting: Setting) -> "TwoSets":
         """The held-out rows that make the order (`train`), and those that judge it (`validation`).

@@ -46,8 +46,6 @@ class FLOP(LoraMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.budget is not None and (not isinstance(self.budget, int) or self.budget < 1):
-            raise RankwiseError(f"budget is {self.budget!r}; it has to be an integer of at least 1")
         if not 0 < self.keep_share <= 1:
             raise RankwiseError(
                 f"keep_share is {self.keep_share}; it has to be above 0 and at most 1"

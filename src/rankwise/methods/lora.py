@@ -30,8 +30,6 @@ class LoRA(LoraMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.budget is not None and self.budget < 1:
-            raise RankwiseError(f"budget is {self.budget}; it has to be at least 1")
         if self.plan is None:
             return
         for name in ("r", "lora_alpha", "target_modules", "budget"):

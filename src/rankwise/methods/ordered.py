@@ -4,10 +4,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rankwise.errors import RankwiseError
+from rankwise.errors import PlanError, RankwiseError
 from rankwise.methods.base import Kept, LoraMethod, Setting, flag
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import Trainer
 
     from rankwise.adapter import Adapter
@@ -37,6 +38,9 @@ class OrderMethod(LoraMethod):
         if self.rank is not None and not 1 <= self.rank <= self.r:
             raise RankwiseError(f"rank is {self.rank}; the adapter has ranks 1 to r = {self.r}")
 
+    def check(self, model: "nn.Module", setting: Setting) -> None:
+        check_budget(self.budget, self.start(model, setting))
+
     def order(self, adapter: "Adapter", setting: Setting) -> "Order":
         """The order of the adapter's pieces, the most useful first."""
         raise NotImplementedError
@@ -56,6 +60,16 @@ class OrderMethod(LoraMethod):
 
     def hand_over(self, trainer: "Trainer", kept: Kept, folder: Path) -> None:
         hand_over_ordered(trainer, kept, folder)
+
+
+def check_budget(budget: int | None, plan: "RankPlan") -> None:
+    """Raises PlanError at a size that no cut of an adapter at this plan has."""
+    least = max(entry.cost for entry in plan.modules.values())
+    if budget is not None and not least <= budget <= plan.parameters:
+        raise PlanError(
+            f"budget is {budget}; cuts of this adapter have {least:,} to {plan.parameters:,} "
+            "parameters"
+        )
 
 
 def hand_over_ordered(trainer: "Trainer", kept: Kept, folder: Path) -> None:

@@ -4,14 +4,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from rankwise.errors import RankwiseError
+from rankwise.errors import PlanError, RankwiseError
 from rankwise.methods.base import Kept, LoraMethod, Setting, flag
+from rankwise.plan import RankPlan
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import Trainer
 
     from rankwise.adapter import Adapter
-    from rankwise.plan import RankPlan
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,13 @@ class SvdCut(LoraMethod):
             raise RankwiseError(f"rank is {self.rank}; the adapter has ranks 1 to r = {self.r}")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise RankwiseError(f"energy is {self.energy}; it has to be above 0 and at most 1")
+
+    def check(self, model: "nn.Module", setting: Setting) -> None:
+        least = RankPlan.uniform(self.start(model, setting), 1).parameters
+        if self.budget is not None and self.budget < least:
+            raise PlanError(
+                f"budget is {self.budget}; rank 1 in every module takes {least:,} parameters"
+            )
 
     def keep(self, trainer: "Trainer", plan: "RankPlan | None", setting: Setting) -> Kept:
         from rankwise.adapter import Adapter

@@ -124,16 +124,19 @@ def result_files(paths: Sequence[str | Path]) -> list[Path]:
     """
     found: list[Path] = []
     for path in map(Path, paths):
+        try:
+            path.stat()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise ResultError(f"cannot read {path}: {reason}") from error
         if path.is_dir():
             inside = path / "cells" if (path / "cells").is_dir() else path
             files = sorted(f for f in inside.glob("*.json") if not f.name.endswith("plan.json"))
             if not files:
                 raise ResultError(f"no result files in {inside}; give a folder of `compare`")
             found += files
-        elif path.is_file():
-            found.append(path)
         else:
-            raise ResultError(f"no file or folder {path}")
+            found.append(path)
     return found
 
 
@@ -179,22 +182,38 @@ def load(paths: Sequence[str | Path]) -> Suite:
 def _unfit(result: Result) -> str:
     """Why a report cannot use a result whose schema is right; "" where it can."""
     metrics = result.task.get("metrics")
-    if not isinstance(metrics, list) or not metrics or not isinstance(result.task.get("name"), str):
+    texts = isinstance(metrics, list) and all(isinstance(name, str) for name in metrics)
+    if not texts or not metrics or not isinstance(result.task.get("name"), str):
         return "its task has no name or no metrics"
     if metrics[0] not in METRICS or metrics[0] not in result.metrics:
         return f"its main metric {metrics[0]!r} is not known, or not among its figures"
     seconds = [result.cost.get(name) for name in ("search_seconds", "train_seconds")]
     if not all(isinstance(value, int | float) for value in seconds):
         return "its cost has no search_seconds or no train_seconds"
+    seed, rate = (result.training.get(name) for name in ("seed", "learning_rate"))
+    if not isinstance(seed, int | None) or not isinstance(rate, int | float):
+        return f"its training has the seed {seed!r} and the learning rate {rate!r}; one is odd"
     about = result.about
     parts = [about.get(name, {}) for name in ("cell", "floor", "machine", "judged", "versions")]
     spec = parts[0].get("spec", {}) if isinstance(parts[0], dict) else None
     parts.append(spec)
     if isinstance(spec, dict):
         parts += [spec.get(name, {}) for name in ("task", "method", "training")]
-    if not all(isinstance(part, dict) for part in parts):
+    if not all(isinstance(part, dict) for part in parts) or not (
+        isinstance(spec, dict) and isinstance(spec.get("size_of"), str | None)
+    ):
         return "what it says about its cell is not as compare writes it"
+    judged = about.get("judged", {})
+    if not all(_is_number(key) and isinstance(v, int | float | str) for key, v in judged.items()):
+        return "the learning rates that were judged are not as compare writes them"
     return ""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _told_apart(pairs: Sequence[tuple[Result, Result]]) -> tuple[list[Result], list[str]]:
@@ -228,7 +247,7 @@ def _twice(results: Sequence[Result]) -> list[str]:
 
 def _arms(results: Sequence[Result]) -> list[Arm]:
     by_label: dict[str, dict[Place, Result]] = {}
-    labels = {cell_name(r): label_of(r) for r in results}
+    labels = {name: label_of(r) for r in results if (name := cell_name(r))}
     for result in results:
         by_label.setdefault(label_of(result), {})[task_of(result), seed_of(result)] = result
     arms = []
@@ -349,14 +368,16 @@ def _common(arm: Arm, other: Arm) -> list[Place]:
 
 
 def _reference(arm: Arm, references: Sequence[Arm]) -> Arm | None:
-    made_for = [other for other in references if other.size_of == arm.label]
+    # of an unfinished grid, the two may have no place in common yet
+    made_for = [o for o in references if o.size_of == arm.label and _common(arm, o)]
     if made_for:
         return made_for[0]
     if arm.is_lora and arm.size_of:
         return None  # a control itself
     near = []
     for other in references:
-        if places := _common(arm, other):
+        places = _common(arm, other)
+        if places and arm.parameters(places) and other.parameters(places):
             ratio = math.log(arm.parameters(places) / other.parameters(places))
             near.append((abs(ratio), -len(places), other.label, other))
     return min(near)[-1] if near and not arm.is_lora else None
@@ -371,7 +392,7 @@ def _compare(suite: Suite, arm: Arm, reference: Arm) -> Comparison:
         if scale(main_metric(ours)) is not None:
             differences.setdefault(task, []).append(gain(ours, other))
     left = [p for p in places if p not in kept]
-    size = arm.parameters(places) / reference.parameters(places)
+    size = arm.parameters(places) / (reference.parameters(places) or math.inf)
     return Comparison(arm, reference, size, differences, left)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from rankwise.adapter import Adapter
 from rankwise.beside import TASK, read_object, text_of
-from rankwise.errors import ModelError
+from rankwise.errors import AdapterError, ModelError
 
 AUTO = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -38,7 +38,9 @@ class Base:
     @property
     def where(self) -> dict[str, Any]:
         given = {"gguf_file": self.gguf_file, "revision": self.revision}
-        return {key: value for key, value in given.items() if value is not None}
+        # said outright: without it, transformers would ask at a terminal whether code may run
+        found: dict[str, Any] = {"trust_remote_code": False}
+        return found | {key: value for key, value in given.items() if value is not None}
 
     @property
     def auto(self) -> Any:
@@ -104,6 +106,24 @@ class Base:
             ) from error
 
 
+def put_on(model: Any, folder: str | Path) -> Any:
+    """A base model with the adapter in a folder, by PEFT.
+
+    Raises:
+        AdapterError: it does not go on that model.
+    """
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, str(folder))
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise AdapterError(
+            f"{folder} does not go on {type(model).__name__}: {said}; it is an adapter for another "
+            "base, or damaged"
+        ) from error
+
+
 def base_of(
     adapter: Adapter,
     folder: str | Path | None = None,
@@ -121,7 +141,8 @@ def base_of(
         ModelError: neither names one.
     """
     config = adapter.config
-    name = model_name_or_path or config.get("base_model_name_or_path")
+    name = model_name_or_path or text_of(config, "base_model_name_or_path")
+    kind = text_of(config, "task_type")
     if not name:
         raise ModelError("the adapter's config names no base model; give --model_name_or_path")
     if gguf_file is None and folder is not None:
@@ -129,14 +150,14 @@ def base_of(
     labels = [
         tensor.shape[0]
         for key, tensor in adapter.weights.items()
-        if ".lora_" not in key and key.endswith(".weight") and config.get("task_type") in _HEADED
+        if ".lora_" not in key and key.endswith(".weight") and kind in _HEADED
         if key.split(".")[-2] in ("classifier", "score", "out_proj", "qa_outputs")
     ]
     return Base(
         str(name),
         gguf_file,
-        None if model_name_or_path else config.get("revision"),
-        config.get("task_type"),
+        None if model_name_or_path else text_of(config, "revision"),
+        kind,
         labels[-1] if labels else None,
     )
 

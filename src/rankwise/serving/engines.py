@@ -189,6 +189,6 @@ def engine(name: str) -> Engine:
     Raises:
         ExportError: none is called so; the message lists those that are known.
     """
-    if name not in ENGINES:
+    if not isinstance(name, str) or name not in ENGINES:
         raise ExportError(f"no engine {name!r} is known; take one of {', '.join(ENGINES)}")
     return ENGINES[name]

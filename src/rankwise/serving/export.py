@@ -1,5 +1,6 @@
 """`export`: an adapter in the form that an engine takes, its function unchanged."""
 
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from rankwise.adapter import CONFIG, WEIGHTS, Adapter, Factors, adapter_folder, card_header
 from rankwise.beside import TASK, read_object
 from rankwise.errors import AdapterError, ExportError, ModelError, OutputError
-from rankwise.files import replace_folder, write_json, write_text
+from rankwise.files import check_new, replace_folder, write_json, write_text
+from rankwise.given import check_count, check_path, fits, shown
 from rankwise.plan import exact_targets
 from rankwise.reading import read_json
-from rankwise.serving.base import Base, base_of
+from rankwise.serving.base import Base, base_of, put_on
 from rankwise.serving.engines import Engine
 from rankwise.serving.engines import engine as engine_of
 from rankwise.serving.reader import kind_of, leaf, refuse
@@ -93,14 +96,18 @@ def export(
         (8, 4812008, 9790112)
     """
     engine = engine_of(to)
+    if rank is not None:
+        check_count("rank", rank, ExportError)
+    check_path("output_dir", output_dir, OutputError)
     source = adapter_folder(adapter, "adapter")
     given = Adapter.load(source)
     refuse(given, engine)
     if engine.form == "merged" and model_name_or_path is None:
         _refuse_4bit(source)
     target = Path(output_dir)
-    if target.exists():
-        raise OutputError(f"{target} exists; give a new --output_dir")
+    check_new(target, "--output_dir")
+    if not re.fullmatch(r"\d+(\.\d+)?\s*[TGMK]i?B", str(max_shard_size), re.IGNORECASE):
+        raise ExportError(f"max_shard_size is {max_shard_size!r}; give one such as 2GB or 500MB")
     base = None
     if engine.form != "peft" or engine.every_layer:
         base = base_of(given, source, model_name_or_path, gguf_file)
@@ -315,8 +322,6 @@ _WRITERS = {"peft": _write_peft, "gguf": _write_gguf, "mlx": _write_mlx}
 
 def _merge(source: Path, base: Base, work: Path, dtype: str | None, max_shard_size: str) -> None:
     """Merges in place, layer by layer: in memory are the model, once, and one layer's update."""
-    from peft import PeftModel
-
     config = base.config()
     given = Adapter.load(source)
     tied = {"lm_head", "embed_tokens", "wte"} & {leaf(name) for name in given.factors()}
@@ -333,7 +338,7 @@ def _merge(source: Path, base: Base, work: Path, dtype: str | None, max_shard_si
         )
     model = base.model(dtype)
     _check_base(given.factors(), _shapes(base), base)
-    merged = PeftModel.from_pretrained(model, str(source)).merge_and_unload(safe_merge=False)
+    merged = put_on(model, source).merge_and_unload(safe_merge=False)
     if hasattr(merged.config, "quantization_config"):  # of a GGUF file, whose weights are plain now
         del merged.config.quantization_config
     merged.save_pretrained(work, max_shard_size=max_shard_size)
@@ -359,7 +364,7 @@ def _modelfile_base(base: Base | None) -> str:
 def _describe(done: Export, engine: Engine, adapter: Adapter, source: Path, work: Path) -> None:
     """export.json, the card, and what of the adapter's folder is no weights."""
     for name in _CARRIED:
-        if (source / name).is_file() and not (work / name).exists():
+        if _is_its_own(source / name) and not (work / name).exists():
             shutil.copy(source / name, work / name)
     about = {
         "format": "rankwise-export/1",
@@ -386,6 +391,15 @@ def _describe(done: Export, engine: Engine, adapter: Adapter, source: Path, work
     )
     named = adapter.config.get("base_model_name_or_path")
     write_text(work / "README.md", card_header(named, library, engine.form != "merged") + text)
+
+
+def _is_its_own(file: Path) -> bool:
+    """Whether a file of an adapter is there, and no link to a file of the user's: what is exported
+    may be published. The hub's cache links into the `blobs` beside its snapshots."""
+    if not file.is_file():
+        return False
+    home, target = file.parent.resolve(), file.resolve()
+    return home in target.parents or target.parent == home.parent.parent / "blobs"
 
 
 def load_exported(folder: Path, base: Base | None, like: Adapter) -> Adapter:
@@ -429,11 +443,21 @@ def load_exported(folder: Path, base: Base | None, like: Adapter) -> Adapter:
 def _read_mlx(folder: Path) -> dict[str, Factors]:
     from safetensors.torch import load_file
 
-    about = read_json(folder / CONFIG, AdapterError)["lora_parameters"]
-    there = load_file(folder / MLX)
+    config = read_json(folder / CONFIG, AdapterError)
+    about = config.get("lora_parameters") if isinstance(config, dict) else None
+    if not isinstance(about, dict) or not fits(about.get("rank"), int):
+        raise AdapterError(f"{folder / CONFIG} has no rank and scale of mlx-lm; export it again")
+    if not fits(about.get("scale"), float):
+        raise AdapterError(f"{folder / CONFIG} has the scale {shown(about.get('scale'))}")
+    try:
+        there = load_file(folder / MLX)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{folder / MLX} is damaged: {error}; export it again") from error
     names = [key.removesuffix(".lora_a") for key in there if key.endswith(".lora_a")]
     found = {}
     for name in names:
+        if f"{name}.lora_b" not in there:
+            raise AdapterError(f"{folder / MLX} has no lora_b of {name!r}; export it again")
         a, b = there[f"{name}.lora_a"].T.contiguous(), there[f"{name}.lora_b"].T.contiguous()
         if len(a) != about["rank"]:
             raise AdapterError(f"{name!r} has rank {len(a)}, and {CONFIG} says {about['rank']}")

@@ -150,12 +150,22 @@ def distance(one: Mapping[str, Factors], other: Mapping[str, Factors]) -> tuple[
     whole, gap, worst = 0.0, 0.0, (-1.0, "")
     for name in {**one, **other}:
         mine, its = one.get(name), other.get(name)
+        if mine is not None and its is not None and _shape(mine) != _shape(its):
+            raise ExportError(
+                f"{name!r} is {_shape(mine)} in one and {_shape(its)} in the other; they are of "
+                "other base models"
+            )
         same = 0.0 if mine is None else _product(mine, mine)
         there = 0.0 if its is None else _product(its, its)
         both = 0.0 if mine is None or its is None else _product(mine, its)
         off = max(same - 2 * both + there, 0.0)
         whole, gap, worst = whole + same, gap + off, max(worst, (off, name))
     return (gap / whole) ** 0.5 if whole > 0 else float(gap > 0), worst[1]
+
+
+def _shape(f: Factors) -> tuple[int, ...]:
+    """(out, in, ...) of ΔW."""
+    return (f.b.shape[0], *f.a.shape[1:])
 
 
 def _product(one: Factors, other: Factors) -> float:

@@ -13,7 +13,8 @@ from torch import Tensor
 from rankwise.adapter import Adapter, Factors, adapter_folder
 from rankwise.beside import read_object
 from rankwise.errors import AdapterError, ExportError, ModelError
-from rankwise.serving.base import Base, base_of
+from rankwise.given import check_path
+from rankwise.serving.base import Base, base_of, put_on
 from rankwise.serving.engines import Engine
 from rankwise.serving.engines import engine as engine_of
 from rankwise.serving.export import GGUF, RECORD, load_exported
@@ -83,6 +84,7 @@ def verify(
         >>> [check.passed for check in rankwise.verify("served", "runs/first")]
         [True, True, None]
     """
+    check_path("folder", folder, ExportError)
     folder = Path(folder)
     source = adapter_folder(against, "adapter")
     given = Adapter.load(source)
@@ -105,7 +107,11 @@ def verify(
 
 def _recorded(folder: Path) -> str:
     about = read_object(folder / RECORD)
-    return about["to"] if about else "peft"
+    if not about:
+        return "peft"
+    if not isinstance(about.get("to"), str):
+        raise ExportError(f"{folder / RECORD} does not say for which engine; give --to")
+    return str(about["to"])
 
 
 def by_rules(engine: Engine, written: Adapter, given: Adapter) -> Check:
@@ -164,11 +170,9 @@ def logits(model: Any, inputs: Tensor) -> Tensor:
 
 def _adapted(model: Any, adapter: Adapter, inputs: Tensor) -> tuple[Tensor, Any]:
     """The logits with an adapter, and the base model without it again."""
-    from peft import PeftModel
-
     with TemporaryDirectory() as scratch:
         adapter.save(Path(scratch) / "adapter")
-        peft = PeftModel.from_pretrained(model, str(Path(scratch) / "adapter"))
+        peft = put_on(model, Path(scratch) / "adapter")
         found = logits(peft, inputs)
     return found, peft.unload()
 
@@ -184,11 +188,9 @@ def _merged(folder: Path, source: Path, given: Adapter, base: Base | None) -> Ch
     model = base.model()
     inputs = fixed_inputs(model.config.vocab_size)
     plain = logits(model, inputs)
-    from peft import PeftModel
-
-    first = logits(PeftModel.from_pretrained(model, str(source)), inputs)
+    first = logits(put_on(model, source), inputs)
     try:
-        whole = base.auto.from_pretrained(str(folder), dtype="float32")
+        whole = base.auto.from_pretrained(str(folder), dtype="float32", trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise AdapterError(f"cannot load {folder}: {str(error).splitlines()[0]}") from error
     return _compared("logits", plain, first, logits(whole, inputs))

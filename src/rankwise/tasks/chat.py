@@ -147,9 +147,7 @@ def learned(
     ids = _ids(tokenizer, messages)
     labels = [IGNORED] * len(ids)
     if "{% generation" in (tokenizer.chat_template or "").replace("{%-", "{%"):
-        marked = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
+        marked = _applied(tokenizer, messages, return_assistant_tokens_mask=True)
         mask = marked["assistant_masks"]
         return ids, [i if on else IGNORED for i, on in zip(ids, mask, strict=True)]
     for number, message in enumerate(messages):
@@ -169,10 +167,23 @@ def learned(
 def _ids(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], prompt: bool = False
 ) -> list[int]:
-    found: Any = tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=True, add_generation_prompt=prompt
-    )
+    found: Any = _applied(tokenizer, messages, add_generation_prompt=prompt)
     return list(found["input_ids"])
+
+
+def _applied(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **how: Any) -> Any:
+    """The template on a conversation. Raises DataError where it refuses that, or cannot work."""
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **how)
+    except (TemplateError, TypeError, ValueError) as error:
+        shown = json.dumps(messages, ensure_ascii=False)
+        shown = shown if len(shown) <= 200 else shown[:200] + " ..."
+        raise DataError(
+            f"the model's chat template cannot write {shown}: {' '.join(str(error).split())}; mend "
+            "such rows, or give the tokenizer another template"
+        ) from error
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -112,12 +112,14 @@ def read_rows(rows: Any) -> Rows:
     if isinstance(rows, Dataset):
         found = _plain_rows(rows)
     elif hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # pandas, which is not imported
+        _check_names(list(rows.columns))
         records = rows.to_dict("records")
         found = {
             name: [None if row[name] != row[name] else row[name] for row in records]
             for name in rows.columns
         }
     elif isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+        _check_names(list({name: None for row in rows for name in row}))
         found = _by_column(enumerate(rows, 1), Path("rows"), "row")
     else:
         raise DataError(
@@ -127,6 +129,15 @@ def read_rows(rows: Any) -> Rows:
     if count(found) == 0:
         raise DataError("there are no rows; give at least one")
     return found
+
+
+def _check_names(names: list[Any]) -> None:
+    """Raises DataError at a column of rows in memory whose name is no text, or another's too."""
+    for name in names:
+        if not isinstance(name, str):
+            raise DataError(f"the rows have a column named {name!r}; give it a text for a name")
+        if names.count(name) > 1:
+            raise DataError(f"the rows have the column {name!r} twice; leave one")
 
 
 def _read_json(path: Path) -> Rows:

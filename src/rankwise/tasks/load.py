@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.errors import DataError
+from rankwise.given import fits, shown, words_for
 from rankwise.rows import TwoSets, hold_out
 from rankwise.tasks.base import Task
 from rankwise.tasks.checks import Rows, parse_numbers
@@ -73,6 +74,15 @@ def load_task(
     if task == "chat":  # no data set, but a kind that people look for here
         task, kind = None, "chat"
     known = None if task is None else KNOWN[known_name(task)]
+    _check_types(
+        text_column=(text_column, str | tuple[str, ...] | None),
+        label_column=(label_column, str | None),
+        kind=(kind, str | None),
+        label_names=(label_names, tuple[str, ...] | None),
+        max_train_samples=(max_train_samples, int | None),
+        max_eval_samples=(max_eval_samples, int | None),
+        test_size=(test_size, float | None),
+    )
     if test_size is not None and not 0 < test_size < 1:
         raise DataError(f"test_size={test_size} is not between 0 and 1; give a fraction of train")
     paths = {"train": train_file, "validation": validation_file, "test": test_file}
@@ -97,6 +107,13 @@ def load_task(
     loaded.check_varied()
     _report_overlap(loaded)
     return loaded
+
+
+def _check_types(**given: tuple[Any, Any]) -> None:
+    """Raises DataError at the first option that is of another type than it says."""
+    for name, (value, kind) in given.items():
+        if not fits(value, kind):
+            raise DataError(f"{name} is {shown(value)}; it has to be {words_for(kind)}")
 
 
 def _report_overlap(task: Task) -> None:
