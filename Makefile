@@ -3,6 +3,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 ATTACK_ARGS ?=
+SOAK_ARGS ?=
 BENCH_ARGS ?=
 
 VENV := .venv
@@ -11,7 +12,7 @@ STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test attack lint format bench clean
+.PHONY: help setup demo test attack soak lint format bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +27,9 @@ test: $(STAMP) ## run the tests but for the slow ones (those too: make test PYTE
 
 attack: $(STAMP) ## kill, fill the disk, feed nonsense, and count (a small one: make attack ATTACK_ARGS="--kills 30")
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/reliability/attack.py $(ATTACK_ARGS)
+
+soak: $(STAMP) ## run a grid for half an hour, kill it at random, and look for what is lost
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/reliability/soak.py $(SOAK_ARGS)
 
 lint: $(STAMP) ## check style, format and types
 	$(BIN)/ruff check .

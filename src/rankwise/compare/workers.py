@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import which
@@ -23,6 +24,7 @@ from rankwise.compare.cells import (
     write_failure,
 )
 from rankwise.compare.recipe import Recipe
+from rankwise.errors import RankwiseError
 from rankwise.escape import terminal
 from rankwise.result import Result
 
@@ -239,8 +241,14 @@ def _work(
 def check_first(recipe: Recipe, cells: Sequence[Cell], workers: int) -> list[str]:
     """`fits.misfits`, in a process of its own, so that no model stays in this one."""
     context = context_for([] if recipe.training.get("use_cpu") else visible_gpus())
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_misfits, recipe, cells, workers).result()
+    try:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            return pool.submit(_misfits, recipe, cells, workers).result()
+    except BrokenProcessPool as error:
+        raise RankwiseError(
+            "the process that looks whether the cells can run was killed, for want of memory "
+            "perhaps; nothing was begun, start it again"
+        ) from error
 
 
 def _misfits(recipe: Recipe, cells: Sequence[Cell], workers: int) -> list[str]:
