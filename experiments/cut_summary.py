@@ -39,7 +39,7 @@ MARGIN = 0.01
 
 
 def main() -> None:
-    found = summarise(load())
+    found = summarise(load()) | {"of_rank_16": rank_16()}
     write_json(SUMMARY, found)
     blocks = {"cut": tables, "cut-short": short_table, "rates": rates_table}
     for block, page in PAGES.items():
@@ -48,14 +48,21 @@ def main() -> None:
     draw(found, HERE.parent / "docs" / "cut.png")
 
 
-def load() -> dict[str, list[dict[str, Any]]]:
-    """Result files that have all orders, by task, in the order of seeds."""
+def load(rank: int = 8) -> dict[str, list[dict[str, Any]]]:
+    """Result files of a rank that have all orders, by task, in the order of seeds."""
     runs: dict[str, list[dict[str, Any]]] = {}
     for path in sorted((HERE / "results" / "cut").glob("*-seed*.json")):
         found = json.loads(path.read_text())
-        if set(found["arms"]) >= {"all pieces", *ORDERS}:
-            runs.setdefault(path.name.partition("-seed")[0], []).append(found)
+        if found["r"] == rank and set(found["arms"]) >= {"all pieces", *ORDERS}:
+            runs.setdefault(path.name.partition("-")[0], []).append(found)
     return runs
+
+
+def rank_16() -> dict[str, Any]:
+    """What the tables say of LoRA of rank 16, by task."""
+    shown = ("metric", "seeds", "parameters", "all pieces", "score", "loss")
+    found = {task: one_task(seeds) for task, seeds in load(16).items()}
+    return {task: {key: t[key] for key in shown} for task, t in found.items()}
 
 
 def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -156,7 +163,11 @@ def as_good(score: dict[str, float], whole: float) -> int:
 
 
 def tables(found: dict[str, Any]) -> str:
-    parts = [given_up_table(found), scores_table(found), trained_table(found)]
+    said = "The task's metric in points, and the loss: by data / one threshold on σ."
+    parts = [given_up_table(found), scores_table(found["tasks"], said), trained_table(found)]
+    if found["of_rank_16"]:
+        said = "The same of LoRA of rank 16, whose 1/8 has as many parameters as 1/4 above:"
+        parts.append(scores_table(found["of_rank_16"], said))
     return "\n\n".join([*filter(None, parts), aims(found)])
 
 
@@ -174,15 +185,15 @@ def given_up_table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def scores_table(found: dict[str, Any]) -> str:
+def scores_table(tasks: dict[str, Any], said: str) -> str:
     """The metric in points, by task and size, of the order by data and of its control."""
     lines = [
-        "The task's metric in points, and the loss: by data / one threshold on σ.",
+        said,
         "",
         "| task | | all | " + " | ".join(f"1/{size}" for size in SIZES) + " | seeds |",
         "| --- | --- | ---: |" + " ---: |" * (len(SIZES) + 1),
     ]
-    for task, t in found["tasks"].items():
+    for task, t in tasks.items():
         for name, scale, digits in ((t["metric"], 100, 1), ("loss", 1, 3)):
             values = t["loss"] if name == "loss" else t["score"]
             pairs = ((values[OURS][s], values[CONTROL][s]) for s in NAMES)
@@ -253,7 +264,7 @@ def short_table(found: dict[str, Any]) -> str:
         "| --- |" + " ---: |" * 8,
     ]
     for task, t in found["tasks"].items():
-        score, scratch = t["score"], t["scratch"].get("all linear, r=1")
+        score, scratch = t["score"], t["trained"]["scratch"].get("all linear, r=1")
         values = [
             t["all pieces"][t["metric"]],
             *(score[o]["8"] for o in (OURS, CONTROL, "random")),
@@ -262,6 +273,8 @@ def short_table(found: dict[str, Any]) -> str:
         ]
         name = f"{task}, {t['metric'].replace('_', ' ')}"
         cells = ["" if v is None else f"{100 * v:.1f}" for v in values]
+        if scratch is not None and t["trained"]["seeds"] != t["seeds"]:
+            cells[4] += f" (seed {', '.join(map(str, t['trained']['seeds']))})"
         lines.append(f"| {name} | {' | '.join(cells)} | {len(t['seeds'])} |")
     return "\n".join(lines)
 
