@@ -89,7 +89,7 @@ def arguments() -> list[Case]:
         "digits": '{"eval_steps": ' + LONG + "}",
         "surrogate": '{"run_name": "\\ud800"}',
         "twice": '{"adam_beta1": 0.9, "adam_beta1": 0.8}',
-        "optimizer": '{"optim": "adamw_bnb_8bit"}',
+        "optimizer": '{"optim": "galore_adamw"}',
         "no optimizer": '{"optim": "zigzag"}',
         "drop_last": '{"dataloader_drop_last": true}',
         "scheduler kwargs": '{"lr_scheduler_kwargs": {"nonsense": 1}}',

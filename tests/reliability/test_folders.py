@@ -271,7 +271,7 @@ def test_a_failed_start_leaves_nothing(forks, tiny_bert, rows_dir, tmp_path):
     """What a method refuses only when it starts must not be in the way of the corrected command."""
     argv = ["run", "--method", "lora", "--control", "none", "--model_name_or_path", tiny_bert]
     argv += ["--data_dir", rows_dir, "--output_dir", "out", *FAST]
-    first = forks.run([*argv, "--training_arguments", '{"optim": "adamw_bnb_8bit"}'], tmp_path)
+    first = forks.run([*argv, "--training_arguments", '{"optim": "galore_adamw"}'], tmp_path)
     assert first.code == 2 and not first.crashed, first.err
     assert list(tmp_path.iterdir()) == []
 
