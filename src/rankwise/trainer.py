@@ -250,7 +250,8 @@ SEAL = "whole.json"
 
 def seal(checkpoint: Path) -> None:
     """Writes, last of all, what belongs to a checkpoint: size and CRC-32 of every file in it."""
-    files = {path.name: _sum(path) for path in sorted(checkpoint.iterdir()) if path.name != SEAL}
+    paths = [path for path in sorted(checkpoint.iterdir()) if path.is_file()]  # FSDP has folders
+    files = {path.name: _sum(path) for path in paths if path.name != SEAL}
     write_json(checkpoint / SEAL, files)
 
 

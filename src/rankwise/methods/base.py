@@ -261,9 +261,7 @@ class Method:
         from rankwise.sharded import gathered
 
         model = trainer.accelerator.unwrap_model(trainer.model)
-        model.save_pretrained(
-            str(folder / self.product), **(gathered(model) if self.shards else {})
-        )
+        model.save_pretrained(str(folder / self.product), **gathered(model))
 
     def rivals(self, kept: Kept) -> "Mapping[str, Adapter]":
         """Other adapters out of the same training, of the same size: what tables set beside it."""
