@@ -31,6 +31,8 @@ LIKE = tuple[str, ...] | str | None
         (["a", "b"], LIKE, True),
         (("a", 5), LIKE, False),
         (None, LIKE, True),
+        (np.ones(3), tuple[float, ...], True),
+        (np.ones((3, 3)), tuple[float, ...], False),
         ("x", Literal["x", "y"], True),
         ("z", Literal["x", "y"], False),
         (object(), Any, True),

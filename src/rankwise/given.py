@@ -64,6 +64,7 @@ def fits(value: Any, kind: Any) -> bool:
     if origin is Literal:
         return any(value == one and type(value) is type(one) for one in inner)
     if origin is tuple:
+        value = value.tolist() if hasattr(value, "tolist") else value  # of numpy or torch
         return isinstance(value, list | tuple) and all(fits(one, inner[0]) for one in value)
     if kind in (int, float):
         number = Integral if kind is int else Real
