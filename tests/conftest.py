@@ -144,3 +144,11 @@ def forks():
     process = Forks(os.environ.get("RANKWISE_SOURCE"))
     yield process
     process.close()
+
+
+@pytest.fixture(scope="session")
+def stand(forks, tiny_bert, tmp_path_factory):
+    """A finished run, a chat model and its adapter, for tests/reliability; nothing writes there."""
+    from small import given
+
+    return given(forks, tiny_bert, tmp_path_factory.mktemp("given"))

@@ -541,7 +541,7 @@ def test_save_model_writes_what_peft_reads(of, tmp_path):
         ({"rank_weights": (0.5, 0.5, 0.0, 0.0)}, "the last of rank_weights is 0"),
         ({"rank_weights": (1.5, -0.5, 0.0, 0.0)}, "each has to lie from 0 to 1"),
         ({"rank_weights": (float("nan"), 0.5, 0.5, 0.0)}, "each has to lie from 0 to 1"),
-        ({"rank_distribution": "normal"}, "take uniform or geometric"),
+        ({"rank_distribution": "normal"}, "it has to be 'uniform' or 'geometric'"),
         (
             {"rank_distribution": "geometric", "rank_weights": (0.0, 0.0, 0.0, 1.0)},
             "leave the other out",

@@ -53,6 +53,7 @@ _REFUSED = {
     "layer_replication": "its layers are copies that share a base",
     "megatron_config": "its layers are split over devices",
 }
+_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -237,6 +238,11 @@ class Adapter:
                     f"{CONFIG} gives {name!r} rank {r}, but A is {tuple(a.shape)} and B "
                     f"{tuple(b.shape)}; a convolution in groups cannot be cut, any other adapter "
                     "has to be saved again"
+                )
+            if odd := {a.dtype, b.dtype} - set(_TYPES):
+                raise AdapterError(
+                    f"{name!r} has weights of {odd.pop()}, which cannot be reckoned with; save the "
+                    "adapter in float32 or bfloat16 first"
                 )
             if not (a.isfinite().all() and b.isfinite().all()):
                 raise AdapterError(

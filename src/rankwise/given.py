@@ -31,8 +31,15 @@ def check_type(
 
 
 def check_path(name: str, value: Any, error: type[RankwiseError] = RankwiseError) -> None:
-    """Raises where a value names no file or folder."""
+    """Raises where a value can name no file or folder; one that is not there yet may be named."""
     check_type(name, value, (str, os.PathLike), "the path of a file or folder, a text", error)
+    try:
+        os.lstat(value)
+    except (FileNotFoundError, NotADirectoryError):
+        return  # who opens it says so, and what there is instead
+    except (OSError, ValueError) as odd:  # too long, a NUL, a folder that may not be looked into
+        reason = getattr(odd, "strerror", None) or str(odd)
+        raise error(f"{name} is {shown(value)}: {reason}; give another") from odd
 
 
 def check_model(value: Any, name: str = "model") -> None:
@@ -64,6 +71,7 @@ def fits(value: Any, kind: Any) -> bool:
     if origin is Literal:
         return any(value == one and type(value) is type(one) for one in inner)
     if origin is tuple:
+        value = value.tolist() if hasattr(value, "tolist") else value  # of numpy or torch
         return isinstance(value, list | tuple) and all(fits(one, inner[0]) for one in value)
     if kind in (int, float):
         number = Integral if kind is int else Real
@@ -75,6 +83,7 @@ def fits(value: Any, kind: Any) -> bool:
 
 def shown(value: Any) -> str:
     """A value in a message: itself where it is short and plain, else what kind of thing it is."""
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
     if isinstance(value, str | int | float | None):
         return repr(value) if len(repr(value)) <= 200 else f"{repr(value)[:60]}..."
     return f"a {type(value).__name__}"

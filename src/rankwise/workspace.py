@@ -1,6 +1,7 @@
 """The output folder: work goes on beside it, and a finished run takes its name in one rename."""
 
 import json
+import os
 import shutil
 from hashlib import sha256
 from pathlib import Path
@@ -177,7 +178,17 @@ def _places(output_dir: str | Path) -> tuple[Path, Path]:
         raise OutputError(
             f"--output_dir {str(output_dir)!r} has no name of its own; give a new folder"
         )
-    return target, beside(target)
+    work = beside(target)
+    try:
+        os.lstat(work)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # too long, in a file, not ours to look at
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OutputError(
+            f"cannot make --output_dir {target}: {reason}; give another folder"
+        ) from error
+    return target, work
 
 
 def beside(target: Path) -> Path:

@@ -150,7 +150,7 @@ def test_a_model_with_adapters_is_refused():
     "flags, message",
     [
         ({"bottleneck": 0}, "bottleneck is 0; it has to be an integer of at least 1"),
-        ({"nonlinearity": "gleu"}, "nonlinearity is 'gleu'; take one of gelu"),
+        ({"nonlinearity": "gleu"}, "nonlinearity is 'gleu'; it has to be 'gelu' or "),
     ],
 )
 def test_a_flag_out_of_range_is_refused(flags, message):

@@ -4,6 +4,7 @@
 some seconds, may find the disk full from its n-th file operation on, or may not go on the network.
 """
 
+import io
 import json
 import os
 import resource
@@ -172,6 +173,8 @@ def child(
     if largest is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
+    if watch:
+        sys.stdin = io.StringIO("y\n" * 99)  # says yes to whatever is asked
     if online:
         import huggingface_hub.constants
 

@@ -129,6 +129,7 @@ def exports() -> list[Case]:
         "to nobody": (["--to", "vlm"], "'vlm'"),
         "no such adapter": (["--adapter", "none"], "none"),
         "a file for an adapter": (["--adapter", "rows.jsonl"], ""),
+        "a long name for an adapter": (["--adapter", "x" * 5000], "too long"),
         "an output that exists": (["--output_dir", "s"], "exists"),
         "an output in a file": (["--output_dir", "rows.jsonl/x"], ""),
         "a link for an output": (["--output_dir", "link"], "link"),
@@ -217,6 +218,8 @@ def predictions() -> list[Case]:
     good = {"in.jsonl": '{"text": "a fine film"}\n'}
     flags = {
         "no adapter": (["--adapter", "none"], "none"),
+        "a long name for an adapter": (["--adapter", "x" * 5000], "too long"),
+        "a long name for rows": (["--input_file", "x" * 5000], "too long"),
         "a base model": (["--adapter", "{model}"], ""),
         "an adapter of another": (["--adapter", "{spoken}"], "task.json"),
         "another base": (["--model_name_or_path", "{chat}"], ""),

@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from case import Given, tried
+from case import tried
 from inputs import cases
 from safetensors.torch import load_file, save_file
-from small import given
 
 from rankwise import AdapterError, DataError, ModelError, RankwiseError, tasks
 from rankwise.cli import main
@@ -37,12 +36,6 @@ def drawn() -> list[str]:
     families = sorted({case.family for case in ALL.values()})
     each = [rng.choice(sorted(n for n, c in ALL.items() if c.family == f)) for f in families]
     return sorted({*ALWAYS, *each})
-
-
-@pytest.fixture(scope="module")
-def stand(forks, tiny_bert, tmp_path_factory) -> Given:
-    """A finished run, a chat model and its adapter."""
-    return given(forks, tiny_bert, tmp_path_factory.mktemp("given"))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import pytest
 import yaml as pyyaml
 from case import ROWS, train
 from same import names
-from small import given
 
 from rankwise import escape
 from rankwise.adapter import card_header
@@ -109,12 +108,6 @@ def test_a_model_s_own_code_is_not_run_unasked(forks, tiny_bert, tmp_path):
 
 
 # Adapters, base models, recipes, plans and results of others
-
-
-@pytest.fixture(scope="module")
-def stand(forks, tiny_bert, tmp_path_factory):
-    """A finished run, a chat model and its adapter."""
-    return given(forks, tiny_bert, tmp_path_factory.mktemp("given"))
 
 
 def changed(folder: Path, file: str, **values) -> None:

@@ -41,7 +41,7 @@ class Compacter(Houlsby):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.n, int) or self.n < 1:
+        if self.n < 1:
             raise RankwiseError(f"n is {self.n!r}; it has to be an integer of at least 1")
         if self.bottleneck % self.n:
             raise RankwiseError(

@@ -82,11 +82,6 @@ class DyLoRA(LoraMethod):
             raise RankwiseError("by_layer chooses ranks within a budget; give one")
 
     def _check_distribution(self) -> None:
-        if self.rank_distribution not in ("uniform", "geometric"):
-            raise RankwiseError(
-                f"rank_distribution is {self.rank_distribution!r}; take uniform or geometric, or "
-                "rank_weights"
-            )
         if not 0 < self.geometric_p < 1:
             raise RankwiseError(f"geometric_p is {self.geometric_p}; it has to lie between 0 and 1")
         default = type(self).__dataclass_fields__["geometric_p"].default

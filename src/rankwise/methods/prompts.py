@@ -31,7 +31,8 @@ class _Virtual(Method):
     num_virtual_tokens: int = flag(20, "trained vectors in front of every row")
 
     def __post_init__(self) -> None:
-        if not isinstance(self.num_virtual_tokens, int) or self.num_virtual_tokens < 1:
+        super().__post_init__()
+        if self.num_virtual_tokens < 1:
             raise RankwiseError(
                 f"num_virtual_tokens is {self.num_virtual_tokens!r}; it has to be an integer of at "
                 "least 1"
@@ -188,9 +189,10 @@ class LlamaAdapter(Method):
     adapter_layers: int | None = flag(None, "layers, from the top; without it, 30 or all there are")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("adapter_len", "adapter_layers"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and value < 1:
                 raise RankwiseError(f"{name} is {value!r}; it has to be an integer of at least 1")
 
     def check(self, model: "nn.Module", setting: Setting) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.errors import DataError
+from rankwise.given import check_path
 from rankwise.reading import Unreadable, parse_json
 from rankwise.tasks.checks import Rows
 from rankwise.tasks.known import SPLITS, KnownTask
@@ -51,6 +52,7 @@ def folder_files(data_dir: str | Path) -> dict[str, Path]:
     Raises:
         DataError: no such folder, none of the files, or two files for one split.
     """
+    check_path("data_dir", data_dir, DataError)
     folder = Path(data_dir)
     if not folder.is_dir():
         raise DataError(f"data_dir {str(folder)!r} is not a folder; {_neighbours(folder)}")
@@ -80,6 +82,7 @@ def read_file(path: str | Path) -> Rows:
         DataError: missing, empty or malformed; the message names the file and the line.
     """
     path = Path(path).expanduser()
+    check_path("the file", path, DataError)
     if not path.is_file():
         raise DataError(f"no file {str(path)!r}; {_neighbours(path)}")
     readers = {
