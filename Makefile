@@ -1,5 +1,6 @@
 # Every target sets up what it needs in .venv by itself. Another Python: make test PYTHON=python3.12
 PYTHON ?= python3
+TORCH := torch==2.13.0
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 ATTACK_ARGS ?=
@@ -49,10 +50,10 @@ clean: ## remove .venv, caches and build products (runs/ stays)
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamp is written last, so an install that was cut short is started over. torch goes first and
-# with its dependencies: which ones it needs (CUDA's, say) depends on the build that pip takes. The
-# rest goes without, because the lock leaves out some on purpose. Only seqeval has no wheel.
-$(STAMP): requirements.lock pyproject.toml
+# The stamp is written last, so an install that was cut short is started over. The lock goes first,
+# each file checked against its hashes; without dependencies, because it leaves out some on purpose.
+# torch goes last and with its own: which of CUDA's it needs depends on the build that pip takes.
+$(STAMP): requirements.lock requirements-sdist.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "error: the pinned packages need Python 3.11 or newer; name one: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
@@ -61,8 +62,8 @@ $(STAMP): requirements.lock pyproject.toml
 	@if [ -e $(VENV)/.unfinished ]; then rm -rf $(VENV); fi
 	@mkdir -p $(VENV) && touch $(VENV)/.unfinished && rm -f $(STAMP)
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP_INSTALL) -c requirements.lock torch setuptools setuptools-scm
-	@$(PIP_INSTALL) --no-deps --no-build-isolation --only-binary :all: --no-binary seqeval \
-	  -r requirements.lock
+	@$(PIP_INSTALL) --require-hashes --no-deps --only-binary :all: -r requirements.lock
+	@$(PIP_INSTALL) --require-hashes --no-deps --no-build-isolation -r requirements-sdist.lock
+	@$(PIP_INSTALL) $(TORCH)
 	@$(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	@mv $(VENV)/.unfinished $(STAMP)
