@@ -17,15 +17,18 @@ LORAS = "autolora-unconstrained autolora-sigmoid autolora-first-order"
 
 @dataclass(frozen=True)
 class Command:
-    """A command, and which rows it takes."""
+    """A command, its rows, and whose result it takes; `{rows}` and `{needs}` are their folders."""
 
     argv: list[str]
     rows: str = "few"
-    needs: str = ""  # whose result it takes as its adapter
+    needs: str = ""
 
 
-OFFLINE = ("cut", "export")
-"""Commands that take an adapter alone, and so little time that there is nothing to resume."""
+BRIEF = ("cut", "export", "predict", "report", "score", "verify")
+"""Commands that take so little time that there is nothing to resume: they are given again."""
+
+PRINT = ("evaluate", "score", "verify")
+"""Commands that write nothing: given again, they say the same."""
 
 OWN = {
     "lora-grid": ["--r", "2", "--ranks", "1", "2"],
@@ -51,6 +54,12 @@ COMMANDS = {
     "evaluate": Command(["evaluate"], needs="train"),
     "cut": Command(["cut", "--keep", "0.5"], needs="train"),
     "export": Command(["export", "--to", "vllm"], needs="train"),
+    "predict": Command(["predict", "--output_file", "out/said.jsonl"], needs="train"),
+    "report": Command(["report", "{needs}/metrics.json"], needs="train"),
+    "score": Command(
+        "score --task e2e --hypotheses {rows}/said.txt --references {rows}/meant.txt".split()
+    ),
+    "verify": Command(["verify", "{needs}"], needs="export"),
     "run-heal": Command(
         ["run", "--control", "none", "--r", "4", "--sizes", "3", "--heal", "0.5", *FAST], "many"
     ),
@@ -94,13 +103,19 @@ def reference(
 ) -> Whole:
     """Runs a command once, to its end."""
     command = COMMANDS[name]
-    argv = list(command.argv)
     rows = many if command.rows == "many" else few
-    if argv[0] not in OFFLINE:
+    needs = of(command.needs).folder / "out" if command.needs else ""
+    argv = [word.format(rows=rows, needs=needs) for word in command.argv]
+    if argv[0] not in BRIEF:
         argv += ["--model_name_or_path", model, "--data_dir", rows, "--use_cpu"]
-    if command.needs:
-        argv += ["--adapter", str(of(command.needs).folder / "out" / "adapter")]
-    if argv[0] != "evaluate":
+    if command.needs and not any("{needs}" in word for word in command.argv):
+        argv += ["--adapter", f"{needs}/adapter"]
+    if argv[0] == "predict":
+        argv += ["--input_file", f"{rows}/test.jsonl"]
+    elif argv[0] == "score":
+        for file, between in (("said", "\n"), ("meant", "\n\n")):
+            (Path(rows) / f"{file}.txt").write_text(f"a red cat{between}the dog is big\n")
+    if argv[0] not in (*PRINT, "predict"):
         argv += ["--output_dir", "out"]
     started = time.monotonic()
     done = forks.run(argv, folder)
@@ -117,14 +132,16 @@ def killed_and_resumed(forks: Forks, whole: Whole, moment: Kill, folder: Path) -
 
 def resumed(forks: Forks, whole: Whole, folder: Path) -> str:
     """Goes on with what a stopped command left, and compares."""
-    if whole.argv[0] == "evaluate":
+    if whole.argv[0] in PRINT:
         again = forks.run(whole.argv, folder)
-        return "" if again.out == whole.done.out else f"evaluate: {again.line}"
-    takes = whole.argv[0] not in OFFLINE
+        left = [path.name for path in folder.iterdir()]
+        said = "" if again.out == whole.done.out else f"{whole.argv[0]}: {again.line}"
+        return said or (f"left over: {left}" if left else "")
+    takes = whole.argv[0] not in BRIEF
     again = forks.run([*whole.argv, *["--resume_from_checkpoint"] * takes], folder)
     if again.code == 2 and ("nothing to resume" in again.err):
         again = forks.run(whole.argv, folder)  # it had not begun
-    if again.code == 2 and not takes and ("is not empty" in again.err or "out exists" in again.err):
+    if again.code == 2 and not takes and ("is not empty" in again.err or " exists" in again.err):
         again = replace(again, code=0)  # it was done
     if again.code != 0 or again.crashed:
         return f"exit {again.code}: {again.line}"

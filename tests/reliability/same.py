@@ -38,7 +38,7 @@ def difference(ours: Path, theirs: Path) -> str:
             odd = [n for n in one if one[n].tobytes() != other[n].tobytes()]
             if odd:
                 return f"{name}: {len(odd)} of {len(one)} tensors differ"
-        elif name.endswith(".md") and a.read_text() != b.read_text():
+        elif name.endswith((".md", ".jsonl")) and a.read_text() != b.read_text():
             return f"{name} differs"
     return ""
 
