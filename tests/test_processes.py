@@ -57,6 +57,21 @@ def launch(argv: list[str], folder: Path, **environment: str) -> subprocess.Comp
     )
 
 
+def check_alike(one, two):
+    """Files, plans, adapters and metrics of two finished runs; returns their records."""
+    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
+    assert RankPlan.load(one / "plan.json").ranks == RankPlan.load(two / "plan.json").ranks
+    for name in ("ordered", "adapter"):
+        file = f"{name}/adapter_model.safetensors"
+        ours, theirs = load_file(two / file), load_file(one / file)
+        assert ours.keys() == theirs.keys()
+        for key, tensor in theirs.items():
+            assert_close(ours[key], tensor, rtol=1e-3, atol=1e-4)
+    records = [json.loads((folder / "metrics.json").read_text()) for folder in (one, two)]
+    assert records[1]["metrics"] == pytest.approx(records[0]["metrics"], abs=1e-4)
+    return records
+
+
 @pytest.mark.slow
 def test_torchrun_finds_the_plan_and_the_adapter_of_one_process(model, tmp_path):
     arguments = flags(model, tmp_path, 4)
@@ -71,17 +86,7 @@ def test_torchrun_finds_the_plan_and_the_adapter_of_one_process(model, tmp_path)
         ["-m", "rankwise", "run", *arguments, "--output_dir", "one", "--r", "4"], tmp_path
     )
     assert alone.returncode == 0, alone.stderr[-3000:]
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
-    assert RankPlan.load(one / "plan.json").ranks == RankPlan.load(two / "plan.json").ranks
-    for name in ("ordered", "adapter"):
-        file = f"{name}/adapter_model.safetensors"
-        ours, theirs = load_file(two / file), load_file(one / file)
-        assert ours.keys() == theirs.keys()
-        for key, tensor in theirs.items():
-            assert_close(ours[key], tensor, rtol=1e-3, atol=1e-4)
-    metrics = [json.loads((f / "metrics.json").read_text())["metrics"] for f in (one, two)]
-    assert metrics[1] == pytest.approx(metrics[0], abs=1e-4)
+    check_alike(tmp_path / "one", tmp_path / "two")
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["one", "two"]
 
 
@@ -192,17 +197,7 @@ def test_fsdp_of_accelerates_config_file_finds_what_one_process_finds(model, tmp
     given = [*flags(model, tmp_path, 8, control="lora"), "--output_dir", "one", "--r", "4"]
     alone = launch(["-m", "rankwise", "run", *given], tmp_path)
     assert alone.returncode == 0, alone.stderr[-3000:]
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
-    assert RankPlan.load(one / "plan.json").ranks == RankPlan.load(two / "plan.json").ranks
-    for name in ("ordered", "adapter"):
-        file = f"{name}/adapter_model.safetensors"
-        ours, theirs = load_file(two / file), load_file(one / file)
-        assert ours.keys() == theirs.keys()
-        for key, tensor in theirs.items():
-            assert_close(ours[key], tensor, rtol=1e-3, atol=1e-4)
-    records = [json.loads((folder / "metrics.json").read_text()) for folder in (one, two)]
-    assert records[1]["metrics"] == pytest.approx(records[0]["metrics"], abs=1e-4)
+    records = check_alike(tmp_path / "one", tmp_path / "two")
     assert records[1]["curve"]["sizes"] == records[0]["curve"]["sizes"]
     assert len(records[0]["controls"]) == len(records[1]["controls"]) == 4
     for a, b in zip(*(record["controls"] for record in records), strict=True):
