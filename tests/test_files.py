@@ -2,6 +2,9 @@
 
 import errno
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -148,3 +151,14 @@ def test_a_crash_between_the_two_renames_loses_neither_folder(folders, monkeypat
     replace_folder(finished, target)  # and a second try finishes the job
     assert names(target.parent) == ["out"]
     assert (target / "adapter" / "weights").read_text() == "new"
+
+
+def test_what_a_killed_process_left_of_a_file_goes_and_nothing_else(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    dead = tmp_path / f".a [1].json.{child.pid}.tmp"
+    others = [f".a [1].json.{os.getppid()}.tmp", f".b.json.{child.pid}.tmp", ".a [1].json.x.tmp"]
+    for path in (dead, *(tmp_path / name for name in others)):
+        path.write_text("half")
+    write_text(tmp_path / "a [1].json", "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*others, "a [1].json"])

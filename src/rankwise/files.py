@@ -6,10 +6,12 @@ only by the process that holds its lock, which the system takes back when that p
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -23,14 +25,27 @@ _held: dict[Path, int] = {}  # folders of this process, and the open marker that
 
 @contextmanager
 def temporary_name(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; what is there at the end of the block becomes `path`."""
+    """A name beside `path` to write to; what is there at the end of the block becomes `path`.
+
+    What a process that was killed in such a block left of the same file goes first.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{escape(path.name)}.*.tmp"):
+        pid = left.name.removesuffix(".tmp").rpartition(".")[2]
+        if re.fullmatch("[0-9]{1,9}", pid) and not _is_alive(int(pid)):
+            left.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    import psutil
+
+    return bool(psutil.pid_exists(pid))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -177,6 +177,8 @@ def _data(data: DataArguments) -> dict[str, Any]:
 
 def _model(model: ModelArguments) -> dict[str, Any]:
     about = asdict(model)
+    if not model.load_in_4bit:  # a later flag: cells that were run before it keep their names
+        del about["load_in_4bit"]
     name = about["model_name_or_path"]
     folder = Path(name)
     about["model_name_or_path"] = folder.name if folder.is_dir() else name
