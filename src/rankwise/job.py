@@ -4,6 +4,7 @@ Works in stages beside the output folder. A stage that a stopped run had finishe
 and one that it was in goes on from its last checkpoint.
 """
 
+import logging
 import math
 import shutil
 import time
@@ -59,6 +60,8 @@ from rankwise.training import model_name, setting_of, weights_of, with_provenanc
 from rankwise.workspace import check_output, finish, is_finished, open_workspace
 
 GENERATIONS = "generations.jsonl"  # in a run's folder
+
+logger = logging.getLogger(__name__)
 
 # The TrainingArguments that a result rests on, for its record.
 RECORDED = (
@@ -220,7 +223,8 @@ def fit(
         output_dir: new or empty folder for the results.
         args: TrainingArguments; None is 3 epochs of AdamW at the method's usual learning rate
             (1e-3 for LoRA's kind; `Method.rate_for`), batch 32, warmed up over 6 % of the steps.
-            Its `output_dir` is not used.
+            In one of your own give a learning rate: its default, 5e-5, is full fine-tuning's. Its
+            `output_dir` is not used.
         max_length: tokens; longer rows are cut.
         eval_split: rows that the figures come from: "validation", "test", or "auto", which is test
             where it has labels.
@@ -249,6 +253,15 @@ def fit(
     if args is None:
         args = default_arguments(str(output_dir), method.rate_for(source.config()))
     check_given_arguments(args)
+    usual = method.rate_for(None)
+    if args.learning_rate == TrainingArguments.learning_rate and usual > args.learning_rate:
+        logger.warning(
+            "learning_rate is TrainingArguments' own default, %g; for %s %g is usual on small "
+            "models: give args=TrainingArguments(..., learning_rate=...)",
+            args.learning_rate,
+            method.title,
+            usual,
+        )
     args = labelled(args)
     task = data if isinstance(data, tasks.Task) else _task(data, args.seed, more)
     job = load_job(task, source, args, max_length, eval_split)
@@ -685,6 +698,7 @@ def _record(
             "threads": torch.get_num_threads(),
             "resumed": found["resumed"],
             "max_length": job.max_length,
+            "floor": job.task.floor(job.train_rows, job.evaluation),
             "load_in_4bit": job.source.load_in_4bit,
             "versions": {p: version(p) for p in ("rankwise", "torch", "transformers", "peft")},
             **job.about,

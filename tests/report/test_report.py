@@ -203,7 +203,7 @@ def result_of(
         ("perplexity", 8.0, 9.5, "AutoLoRA beat LoRA r=4 by 1.5000 in perplexity."),
         ("perplexity", 9.5, 8.0, "LoRA r=4 did better by 1.5000 in perplexity: choosing"),
         ("loss", 1.0, 1.0, "LoRA r=4 did as well in loss: choosing ranks did not help here."),
-        ("matthews_correlation", -0.1, -0.2, "beat LoRA r=4 by 0.1000 in matthews_correlation."),
+        ("matthews_correlation", 0.4, 0.3, "beat LoRA r=4 by 0.1000 in matthews_correlation."),
     ],
 )
 def test_verdict(metric, ours, control, sentence):
@@ -503,3 +503,19 @@ def test_a_notebook_shows_a_plan_as_a_table_of_its_ranks():
     shown.feed(plan._repr_html_())
     assert shown.rows == [["layer", "0", "1"], ["query", "3", "0"], ["<img src=x>", "", "2"]]
     assert shown.tags == {"table", "caption", "tr", "th", "td"}
+
+
+def test_verdict_says_where_nothing_was_learned():
+    chance = {"floor": {"accuracy": 0.5}}
+    ours, control = (result_of(name, accuracy=value) for name, value in (("A", 0.52), ("B", 0.51)))
+    text = verdict(replace(ours, about=chance), [control])
+    # one standard error of 1,200 rows is 0.0144
+    assert text.startswith("A learned nothing here: accuracy 0.5200 on 1,200 rows")
+    better = replace(ours, metrics=ours.metrics | {"accuracy": 0.54}, about=chance)
+    assert "learned nothing" not in verdict(better, [control])
+
+
+def test_verdict_names_a_control_that_is_too_large():
+    ours = result_of("A", accuracy=0.6, trainable=566)  # 500 LoRA parameters
+    text = verdict(ours, [result_of("B", accuracy=0.7, trainable=1066)])
+    assert text.startswith("B has 2.0 times as many parameters: it is no control of this size.")

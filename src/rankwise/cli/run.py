@@ -85,13 +85,14 @@ def run(
             return Path(target)
     work = open_workspace(target, output.overwrite_output_dir, resume, settings)
     count = 1 + len(wanted)
-    say(f"1/{count} {method.title}")
+    say(f"1/{count} {method.title}, learning rate {job.args.learning_rate:.3g}")
     ours = jobs.run_method(method, job, work, resume, base)
     results: list[Result] = []
     for number, (arm, (name, flags)) in enumerate(wanted.items(), 2):
         control = _control(name, flags, method, ours.lora_parameters)
-        say(f"{number}/{count} {control.title}, on the same rows")
         rated = given.at_rate(fit.learning_rate, control)
+        rate = "" if tuning is not None else f", learning rate {rated.args.learning_rate:.3g}"
+        say(f"{number}/{count} {control.title}, on the same rows{rate}")
         found = _train_control(control, method, rated, work, arm, resume, tuning, search)
         if found is not None:
             results.append(found)

@@ -5,6 +5,7 @@ One training; then an order of all its rank-1 pieces by what some held-out rows 
 smallest that is as good. Every other size is a cut of the same order.
 """
 
+import math
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, replace
@@ -105,9 +106,12 @@ class CutByData(LoraMethod):
 
         count = len(setting.held_out)
         if count < LEAST_ROWS:
+            share = self.validation_fraction
             raise DataError(
                 f"{count} held-out rows are too few: half of at least {LEAST_ROWS} order the "
-                "pieces and half judge the cuts; give more rows, or a larger validation_fraction"
+                f"pieces and half judge the cuts; give {math.ceil(LEAST_ROWS / share)} training "
+                f"rows (validation_fraction={share:g} of them is held out), a larger "
+                f"validation_fraction, or {LEAST_ROWS} validation rows"
             )
         order = min(self.order_rows, count // 2)
         return hold_out(setting.held_out, count - order, setting.args.seed)

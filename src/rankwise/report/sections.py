@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.report import suite as of
+from rankwise.report.chance import learned, scale
 from rankwise.report.heatmap import grid
 from rankwise.report.statistics import Interval, agreement, spread
 from rankwise.report.suite import Arm, Comparison, Suite
@@ -181,7 +182,7 @@ def _figures(suite: Suite) -> Section | None:
 
 def _spread(results: Sequence[Result], metric: str) -> tuple[str, Any]:
     """A figure's mean over results, ± its standard deviation where there are several."""
-    factor = of.scale(metric)
+    factor = scale(metric)
     found = spread([result.metrics[metric] * (factor or 1.0) for result in results])
     digits = 3 if factor is None else 1
     sd = f" ± {found['sd']:.{digits}f}" if len(results) > 1 else ""
@@ -197,7 +198,7 @@ def _evaluated(suite: Suite, task: str) -> str:
 
 def _untold(arm: Arm, task: str) -> bool:
     found = [r for (where, _), r in arm.results.items() if arm.is_lora and where == task]
-    return any(of.learned(result) is None for result in found)
+    return any(learned(result) is None for result in found)
 
 
 def _places(suite: Suite) -> list[of.Place]:
@@ -208,7 +209,7 @@ def _everywhere(suite: Suite) -> list[str]:
     """Tasks with points, where every arm has a seed on which LoRA learned something."""
     found = []
     for task in suite.tasks:
-        bounded = of.scale(of.metric_of(suite, task)) is not None
+        bounded = scale(of.metric_of(suite, task)) is not None
         if bounded and all(_mean(suite, arm, task) is not None for arm in suite.arms):
             found.append(task)
     return found

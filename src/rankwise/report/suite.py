@@ -1,7 +1,6 @@
 """The results of a comparison, gathered from their files: arms by task and seed, and what pairs."""
 
 import math
-import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,13 +9,12 @@ from typing import Any
 
 from rankwise.compare.cells import Failure, read_cell
 from rankwise.errors import ResultError
+from rankwise.report.chance import learned, scale
 from rankwise.report.conditions import apart, of_method, of_task
 from rankwise.report.statistics import Interval, mean_of, t_over_tasks, two_level
 from rankwise.report.table import LARGER
 from rankwise.result import Result
 from rankwise.tasks.metrics import METRICS, find_metric
-
-LEARNED = 2.0  # standard errors above what a model that was taught nothing scores
 
 Place = tuple[str, int]
 """A task and a seed."""
@@ -316,12 +314,6 @@ def task_head(suite: Suite, task: str) -> str:
     return f"{task}, {metric_of(suite, task).replace('_correlation', '').replace('_', ' ')}"
 
 
-def scale(metric: str) -> float | None:
-    """What makes points, hundredths of the best value, of a metric; None where it has no end."""
-    found = re.search(r"to (\d+)", find_metric(metric).range) if metric in METRICS else None
-    return 100 / float(found[1]) if found else None
-
-
 def points(result: Result) -> float:
     """The main metric in points, or as it is where it has no best value."""
     metric = main_metric(result)
@@ -332,25 +324,6 @@ def gain(ours: Result, other: Result) -> float:
     """How many points the first is better."""
     sign = 1 if find_metric(main_metric(ours)).greater_is_better else -1
     return sign * (points(ours) - points(other))
-
-
-def learned(result: Result) -> bool | None:
-    """Whether a result is above what a model that was taught nothing scores, by two standard errors
-    of so many rows; None where the file does not say what that is."""
-    metric = str(result.task["metrics"][0])  # a base model's texts are not scored, its loss is
-    floor = result.about.get("floor", {}).get(metric)
-    if floor is None and "0 for" in find_metric(metric).range:
-        floor = 0.0
-    if not isinstance(floor, int | float):
-        return None
-    rows = max(1, result.rows.get("evaluated", 1))
-    known = find_metric(metric)
-    better = (1 if known.greater_is_better else -1) * (result.metrics[metric] - floor)
-    if scale(metric) is None:  # a loss, say: of the base model as it was
-        return bool(better > 0.01 * abs(floor))
-    share = floor if 0 < floor < 1 else 0.5
-    spread = 1.0 if "-1" in known.range else math.sqrt(share * (1 - share))
-    return bool(better > LEARNED * spread / math.sqrt(rows) * (100 / (scale(metric) or 100)))
 
 
 def comparisons(suite: Suite) -> list[Comparison]:

@@ -10,10 +10,12 @@ from rich.table import Table
 
 from rankwise.choose import Curve, interval
 from rankwise.escape import markup as escape
+from rankwise.report.chance import learned
 from rankwise.result import Result
 from rankwise.tasks.metrics import find_metric
 
 LARGER = 1.5  # times as many parameters: no longer of the same size
+NEAR = 4  # times as many, and more: it is there for reference, nobody takes it for a control
 
 
 def _table(**options: Any) -> Table:
@@ -120,10 +122,14 @@ def verdict(ours: Result, controls: Sequence[Result]) -> str:
     metric = ours.task["metrics"][0]
     sign = 1 if find_metric(metric).greater_is_better else -1
     claim = ours.claim or ours.name
-    lines = []
+    lines = [] if learned(ours) is not False else [nothing_learned(ours)]
     for control in controls:
-        if (control.lora_parameters or 0) > LARGER * (ours.lora_parameters or math.inf):
-            continue  # for reference: it does not compete at this size
+        larger = (control.lora_parameters or 0) / (ours.lora_parameters or math.inf)
+        if larger > LARGER:
+            if larger < NEAR:
+                said = f"{control.name} has {larger:.1f} times as many parameters:"
+                lines.append(f"{said} it is no control of this size.")
+            continue
         gain = sign * (ours.metrics[metric] - control.metrics[metric])
         if gain != gain:
             lines.append(f"{control.name}: {metric} is not a number, which says nothing.")
@@ -147,6 +153,17 @@ def verdict(ours: Result, controls: Sequence[Result]) -> str:
         "believing a difference."
     )
     return "\n".join([*lines, spread])
+
+
+def nothing_learned(result: Result) -> str:
+    """That nothing was, and so what the figures beside it are worth, in a sentence."""
+    metric = result.task["metrics"][0]
+    return (
+        f"{result.name} learned nothing here: {metric} {result.metrics[metric]:.4f} on "
+        f"{result.rows['evaluated']:,} rows is within two standard errors of a model that was "
+        "taught nothing, so that no size and no method can be told from another: train longer, on "
+        "more rows, or look for a rate with --tune."
+    )
 
 
 def _width(ours: Result, control: Result) -> float | None:
