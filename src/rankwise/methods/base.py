@@ -152,7 +152,7 @@ class Method:
     def rate_for(self, config: Any) -> float:
         """The learning rate where the user gives none.
 
-        It is `usual_rate` for models up to 1,024 wide (docs/tune.md has what was measured), and
+        It is `usual_rate` for models up to 1,024 wide (docs/compare.md has what was measured), and
         falls as width^-0.78 from there on: "LoRA Without Regret" (Schulman et al., 2025) fits this
         exponent to the best rates of Llama models, of LoRA and of full fine-tuning alike.
 
