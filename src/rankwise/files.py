@@ -61,30 +61,30 @@ def write_json(path: Path, value: Any) -> None:
 
 def check_new(path: Path, flag: str) -> None:
     """Raises OutputError, naming the flag, where something is there or nothing can be."""
-    try:
-        os.lstat(path)
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise OutputError(f"cannot make {path}: {reason}; give another {flag}") from error
-    raise OutputError(f"{path} exists; give a new {flag}")
+    if _is_there(path, flag):
+        raise OutputError(f"{path} exists; give a new {flag}")
 
 
 def check_folder(path: Path, flag: str) -> None:
     """Raises OutputError, naming the flag, where a folder is not and cannot be made, or written."""
-    try:
-        os.lstat(path)
-    except FileNotFoundError:
-        pass  # it can be made where the nearest folder above it can be written
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise OutputError(f"cannot make {path}: {reason}; give another {flag}") from error
+    _is_there(path, flag)  # else it can be made where the nearest folder above can be written
     there = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
     if not there.is_dir():
         raise OutputError(f"{there} is no folder; give another {flag}")
     if not os.access(there, os.W_OK | os.X_OK):
         raise OutputError(f"{there} cannot be written; give another {flag}")
+
+
+def _is_there(path: Path, flag: str) -> bool:
+    """Whether anything has that name. Raises OutputError where no system call takes it."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OutputError(f"cannot make {path}: {reason}; give another {flag}") from error
+    return True
 
 
 def replace_folder(finished: Path, target: Path) -> None:
