@@ -183,10 +183,15 @@ def _figures(suite: Suite) -> Section | None:
 def _spread(results: Sequence[Result], metric: str) -> tuple[str, Any]:
     """A figure's mean over results, ± its standard deviation where there are several."""
     factor = scale(metric)
-    found = spread([result.metrics[metric] * (factor or 1.0) for result in results])
-    digits = 3 if factor is None else 1
-    sd = f" ± {found['sd']:.{digits}f}" if len(results) > 1 else ""
-    return f"{found['mean']:.{digits}f}{sd}", found["mean"]
+    values = [result.metrics[metric] * (factor or 1.0) for result in results]
+    return _mean_and_sd(values, 3 if factor is None else 1)
+
+
+def _mean_and_sd(values: Sequence[float], digits: int = 1, sign: bool = False) -> tuple[str, float]:
+    """`81.2 ± 0.4`, without the second part where there is one value; and the mean."""
+    found = spread(values)
+    text, _ = _number(found["mean"], digits, sign)
+    return text + (f" ± {found['sd']:.{digits}f}" if len(values) > 1 else ""), found["mean"]
 
 
 def _evaluated(suite: Suite, task: str) -> str:
@@ -233,10 +238,9 @@ def _score(suite: Suite, arm: Arm, task: str) -> tuple[str, Any]:
     if not values:
         values = _values(suite, arm, task, learned=False)
         return (f"{statistics.fmean(values):.1f} †", "") if values else NONE
-    found = spread(values)
     seeds = len({seed for _, seed in _places(suite)})
-    text = f"{found['mean']:.1f}" + (f" ± {found['sd']:.1f}" if len(values) > 1 else "")
-    return text + (f" ({len(values)})" if len(values) != seeds else ""), found["mean"]
+    text, mean = _mean_and_sd(values)
+    return text + (f" ({len(values)})" if len(values) != seeds else ""), mean
 
 
 def _number(value: float, digits: int = 1, sign: bool = False) -> tuple[str, Any]:
@@ -319,9 +323,7 @@ def _difference(compared: Comparison, task: str) -> tuple[str, Any]:
     values = compared.differences.get(task)
     if not values:
         return NONE
-    found = spread(values)
-    sd = f" ± {found['sd']:.1f}" if len(values) > 1 else ""
-    return f"{found['mean']:+.1f}{sd}", found["mean"]
+    return _mean_and_sd(values, sign=True)
 
 
 # --- cost ---------------------------------------------------------------------------------------
