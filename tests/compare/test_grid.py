@@ -147,6 +147,22 @@ def test_what_is_there_is_not_run_again(small, undisturbed):
     assert before == {path: path.stat().st_mtime_ns for path in undisturbed.glob("cells/*")}
 
 
+@pytest.mark.parametrize(
+    ("asked", "flag", "given"),
+    [("3", None, 3), ("3", 1, 1), ("4,2", None, 2)],
+)
+def test_threads_are_the_flags_or_the_environments_or_a_share(
+    asked, flag, given, small, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    recipe, cells = small
+    one = next(cell for cell in cells if not cell.needs)
+    grid = run_grid(recipe, [one], tmp_path, workers=2, threads=flag)
+    assert grid.done == {one.name}
+    assert read_cell(cell_file(tmp_path, one.name)).about["threads"] == given
+
+
 def test_the_rate_is_the_one_that_held_out_training_rows_call_best(small, undisturbed):
     _, cells = small
     found = {c.name: Result.load(cell_file(undisturbed, c.name)) for c in cells}

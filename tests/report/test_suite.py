@@ -228,6 +228,18 @@ def test_ranks_and_whether_seeds_agree(tmp_path):
     assert row[2:5] == ["1 to 8", "3.50", "+0.86"]  # numpy.corrcoef says 0.862
 
 
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_one_seed_has_no_spread_and_agrees_with_nobody(seeds, tmp_path):
+    records = []
+    for seed in range(seeds):
+        small = record("ours", "a", seed, 0.9, kind="X", parameters=500)
+        ranked = record("ranked", "a", seed, 0.8, kind="Y", ranks=(1, 2, 3, 8), claim="ranks")
+        records += [record("lora", "a", seed, 0.8), small, ranked]
+    said = {part.title: part.text for part in sections(loaded(tmp_path, records), "")}
+    assert ("standard deviation" in said["Quality over parameters"]) == (seeds > 1)
+    assert ("seeds agree" in said["Ranks"]) == (seeds > 1)
+
+
 def test_every_part_says_where_it_comes_from(tmp_path):
     for part in sections(loaded(tmp_path, both("a", 0, 0.8, 0.9)), "rankwise report x"):
         assert part.source == (

@@ -89,7 +89,7 @@ def run_grid(
         cells: each after those that it waits for.
         folder: for the results; `logs/` has what each process printed.
         workers: processes at a time.
-        threads: of each; None shares the cores out.
+        threads: of each; None is OMP_NUM_THREADS, or else the cores are shared out.
         retry_failed: run cells anew that would fail again, as far as is known.
         show: called with the `Grid` whenever it changed.
 
@@ -195,7 +195,7 @@ def visible_gpus() -> list[str]:
 def _starter(workers: int, threads: int | None, use_cpu: bool) -> Callable[..., Any]:
     """A function that starts a cell in a process of its own, in one of the slots."""
     gpus = [] if use_cpu else visible_gpus()
-    share = threads or max(1, (os.cpu_count() or 1) // workers)
+    share = threads or _asked_threads() or max(1, (os.cpu_count() or 1) // workers)
     context = context_for(gpus)
 
     def start(slot: int, *what: Any) -> Any:
@@ -205,6 +205,12 @@ def _starter(workers: int, threads: int | None, use_cpu: bool) -> Callable[..., 
         return process
 
     return start
+
+
+def _asked_threads() -> int | None:
+    """What OMP_NUM_THREADS asks for; None where it asks for nothing, or for no count."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdecimal() and int(given) else None
 
 
 def _work(

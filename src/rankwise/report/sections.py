@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -335,8 +336,11 @@ def _over_parameters(suite: Suite) -> Section | None:
         return None
     text = (
         "Means over seeds of each method on each task against its trained parameters, without "
-        "those cells where LoRA learned nothing; bars are one standard deviation."
+        "those cells where LoRA learned nothing."
     )
+    cells = Counter((arm.label, task) for arm in suite.arms for task, _ in arm.results)
+    if max(cells.values()) > 1:
+        text += " Bars are one standard deviation."
     return Section("Quality over parameters", text, figure="parameters")
 
 
@@ -431,11 +435,12 @@ def _ranks(suite: Suite) -> Section | None:
     if not maps:
         return None
     head = ["method", "task", "ranks", "mean", "correlation between seeds", "p, random plans"]
-    text = (
-        "The rank of each module, mean over seeds; 0 where a module was left out. Do seeds agree? "
-        "The mean correlation of the ranks of two seeds, and how often random plans, the same "
-        "ranks on other modules, agree as well."
-    )
+    text = "The rank of each module, mean over seeds; 0 where a module was left out."
+    if rows:
+        text += (
+            " Do seeds agree? The mean correlation of the ranks of two seeds, and how often random "
+            "plans, the same ranks on other modules, agree as well."
+        )
     tables = (("", Table(head, rows)),) if rows else ()
     return Section("Ranks", text, tables, maps=tuple(maps))
 
