@@ -39,8 +39,9 @@ from transformers.utils import logging
 
 from rankwise import Adapter, tasks
 from rankwise.errors import DivergedError
+from rankwise.evaluation import evaluate
 from rankwise.files import write_json
-from rankwise.job import Job, Source, evaluate, load_job
+from rankwise.job import Job, Source, load_job
 from rankwise.lora import swap_adapter
 from rankwise.methods import AdaLoRA, LoRA, Setting
 from rankwise.methods.base import LoraMethod

@@ -26,7 +26,7 @@ _HOMES = {
         "RankwiseError",
         "ResultError",
     ),
-    "rankwise.job": ("Fitted", "fit"),
+    "rankwise.fitting": ("Fitted", "fit"),
     "rankwise.gate": ("attach", "bake"),
     "rankwise.lora": ("build", "check", "uniform"),
     "rankwise.nested": ("curve", "load_nested", "size_loss"),

@@ -1,67 +1,31 @@
-"""One method on one task, from rows to an adapter with its evidence: `fit`.
+"""One task on one base model, ready to train, and what can be wrong with it."""
 
-Works in stages beside the output folder. A stage that a stopped run had finished is not repeated,
-and one that it was in goes on from its last checkpoint.
-"""
-
-import logging
-import math
-import shutil
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
-from difflib import get_close_matches
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from inspect import signature
-from os import PathLike
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import nn
 from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
 
 from rankwise import tasks
-from rankwise.adapter import OTHER_SIZES
-from rankwise.beside import TASK
-from rankwise.choose import Curve, resampled
-from rankwise.decoding import Decoding, drop_partial, generate_rows
-from rankwise.errors import DataError, DivergedError, RankwiseError
-from rankwise.files import release, write_json
-from rankwise.given import check_arguments as check_given_arguments
-from rankwise.given import check_count, check_type
-from rankwise.lora import swap_adapter
-from rankwise.methods import DEFAULT, Kept, LoRA, Method, by_name
-from rankwise.plan import RankPlan
-from rankwise.reading import as_json, read_json
-from rankwise.report.memory import Peak, peak_memory
-from rankwise.result import Result
+from rankwise.decoding import Decoding
+from rankwise.errors import DataError
+from rankwise.methods import Method
 from rankwise.rows import TwoSets, fingerprint, two_sets
 from rankwise.sharded import load_everywhere, sharding
-from rankwise.trainer import (
-    check_arguments,
-    default_arguments,
-    drop_damaged,
-    labelled,
-    replaced,
-    run_training,
-)
-from rankwise.training import model_name, setting_of, weights_of, with_provenance
-from rankwise.workspace import check_output, finish, is_finished, open_workspace
+from rankwise.trainer import check_arguments, replaced
+from rankwise.training import setting_of, weights_of
 
 GENERATIONS = "generations.jsonl"  # in a run's folder
-
-logger = logging.getLogger(__name__)
 
 # The TrainingArguments that a result rests on, for its record.
 RECORDED = (
@@ -175,139 +139,6 @@ class Job:
         return replaced(self.args, output_dir=str(folder), **keep)
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """What `fit` made.
-
-    Attributes:
-        folder: holds `adapter/`, `plan.json`, `metrics.json`, and what other sizes are cut from.
-        result: the record that `metrics.json` holds.
-        plan: the adapter's ranks; None for a method without.
-        curve: the quality of every size that was compared, None where none was.
-        model: the base model with the adapter, ready to predict; loaded when it is first asked for.
-    """
-
-    folder: Path
-    result: Result
-    plan: RankPlan | None
-    curve: Curve | None
-    job: Job
-    method: Method
-
-    @property
-    def model(self) -> nn.Module:
-        return self.method.load(self.job.fresh_model(), self.folder / self.method.product).eval()
-
-
-def fit(
-    method: str | Method = DEFAULT,
-    data: Any = None,
-    *,
-    model: str | Path | Source,
-    output_dir: str | Path,
-    args: TrainingArguments | None = None,
-    max_length: int = 128,
-    eval_split: str = "auto",
-    overwrite_output_dir: bool = False,
-    resume_from_checkpoint: bool = False,
-    **options: Any,
-) -> Fitted:
-    """One method on one task: trains, chooses, hands over an adapter, and measures it.
-
-    Args:
-        method: a name from `rankwise.METHODS`, or a method with its flags.
-        data: a file of training rows (CSV, JSONL, Parquet), a folder with train, validation and
-            test, the name of a known task, the rows themselves (a datasets.Dataset or DatasetDict,
-            a DataFrame, a list of dicts), or what `tasks.load_task` gave.
-        model: hub id or folder of the base model, or a `Source`.
-        output_dir: new or empty folder for the results.
-        args: TrainingArguments; None is 3 epochs of AdamW at the method's usual learning rate
-            (1e-3 for LoRA's kind; `Method.rate_for`), batch 32, warmed up over 6 % of the steps.
-            In one of your own give a learning rate: its default, 5e-5, is full fine-tuning's. Its
-            `output_dir` is not used.
-        max_length: tokens; longer rows are cut.
-        eval_split: rows that the figures come from: "validation", "test", or "auto", which is test
-            where it has labels.
-        overwrite_output_dir: replace the results of an earlier run.
-        resume_from_checkpoint: go on with a run that was stopped.
-        **options: flags of the method (`r`, `target_modules`, ...); all others go to
-            `tasks.load_task` (`text_column`, `label_column`, `kind`, ...).
-
-    Raises:
-        RankwiseError: anything that is wrong with rows, model, flags or folder; raised before any
-            training. DivergedError: the loss became NaN or infinite.
-
-    Example:
-        >>> fitted = rankwise.fit("lora", "rows.csv", model="roberta-base", output_dir="runs/1")
-        >>> fitted.result.metrics["accuracy"]
-        0.87
-    """
-    from rankwise.training import with_options
-
-    method, more = with_options(method, options)
-    _check_options(method, more)
-    check_type("model", model, (str, PathLike, Source), "the hub id or folder of a base model")
-    check_count("max_length", max_length)
-    check_output(output_dir, overwrite_output_dir, resume_from_checkpoint)
-    source = model if isinstance(model, Source) else Source(str(model))
-    if args is None:
-        args = default_arguments(str(output_dir), method.rate_for(source.config()))
-    check_given_arguments(args)
-    usual = method.rate_for(None)
-    if args.learning_rate == TrainingArguments.learning_rate and usual > args.learning_rate:
-        logger.warning(
-            "learning_rate is TrainingArguments' own default, %g; for %s %g is usual on small "
-            "models: give args=TrainingArguments(..., learning_rate=...)",
-            args.learning_rate,
-            method.title,
-            usual,
-        )
-    args = labelled(args)
-    task = data if isinstance(data, tasks.Task) else _task(data, args.seed, more)
-    job = load_job(task, source, args, max_length, eval_split)
-    base = check(method, job)
-    settings: dict[str, Any] = {
-        "method": method.trained_by(),
-        "after": method.describe(),
-        "source": vars(source),
-        "task": task.describe(),
-        "training": recorded(args),
-        "max_length": max_length,
-        "rests_on": rests_on(job, base),
-    }
-    if not (resume_from_checkpoint and is_finished(output_dir, settings)):
-        work = open_workspace(output_dir, overwrite_output_dir, resume_from_checkpoint, settings)
-        try:
-            result = run_method(method, job, work, resume_from_checkpoint, base)
-            result.save(work / "metrics.json")
-            finish(work, output_dir)
-        finally:
-            release(work)
-    folder = Path(output_dir).expanduser()
-    result = Result.load(folder / "metrics.json")
-    plan = folder / "plan.json"
-    curve = None if result.curve is None else Curve.from_dict(result.curve)
-    found = RankPlan.load(plan) if plan.is_file() else None
-    return Fitted(folder, result, found, curve, job, method)
-
-
-def _check_options(method: Method, options: Mapping[str, Any]) -> None:
-    """Raises RankwiseError at an option that neither the method nor the task has."""
-    known = [name for name in signature(tasks.load_task).parameters if name != "seed"]
-    for name in options:
-        if name in known:
-            continue
-        if name in {f.name for f in fields(TrainingArguments)}:
-            raise RankwiseError(
-                f"{name} is one of transformers' TrainingArguments; give "
-                f"args=TrainingArguments(output_dir=..., {name}={options[name]!r})"
-            )
-        has = [f.name for f in fields(method)]
-        near = get_close_matches(name, [*known, *has], n=1)
-        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(has)}"
-        raise RankwiseError(f"neither {method.title} nor a task has an option {name!r}; {hint}")
-
-
 def rests_on(job: Job, base: PreTrainedModel) -> dict[str, str | None]:
     """What a run stands on beside its flags, in hashes: a run only goes on where all are the same.
 
@@ -325,27 +156,6 @@ def rests_on(job: Job, base: PreTrainedModel) -> dict[str, str | None]:
     versions = {f"version of {name}": version(name) for name in packages}
     processes = str(job.args.world_size)
     return {**about, "base weights": weights_of(base), "processes": processes, **versions}
-
-
-def _task(data: Any, seed: int, options: Mapping[str, Any]) -> tasks.Task:
-    """The task that a file, a folder or a name stands for."""
-    if data is None or "task" in options or "data_dir" in options:
-        return tasks.load_task(seed=seed, **options)
-    if isinstance(data, dict):  # a DatasetDict
-        splits = {f"{name}_file": rows for name, rows in data.items()}
-        odd = sorted(set(data) - {"train", "validation", "test"})
-        if odd or "train" not in data:
-            raise DataError(
-                f"the rows have the splits {', '.join(data)}; name them train, validation and test"
-            )
-        return tasks.load_task(**splits, seed=seed, **options)
-    if not isinstance(data, str | Path):
-        return tasks.load_task(train_file=data, seed=seed, **options)
-    if Path(data).is_dir():
-        return tasks.load_task(data_dir=data, seed=seed, **options)
-    if Path(data).suffix:
-        return tasks.load_task(train_file=data, seed=seed, **options)
-    return tasks.load_task(str(data), seed=seed, **options)
 
 
 def load_job(
@@ -367,7 +177,7 @@ def load_job(
         revision=source.revision,
         trust_remote_code=source.trust_remote_code,
     )
-    split, rows = _evaluation_rows(task, eval_split)
+    split, rows = evaluation_rows(task, eval_split)
     train = None if task.train is None else task.encode(task.train, tokenizer, max_length)
     evaluation = task.encode(rows, tokenizer, max_length)
     spare = task.validation if split == "test" else None
@@ -387,7 +197,7 @@ def load_job(
     )
 
 
-def _evaluation_rows(task: tasks.Task, wanted: str) -> tuple[str, Dataset]:
+def evaluation_rows(task: tasks.Task, wanted: str) -> tuple[str, Dataset]:
     splits = {"test": task.test, "validation": task.validation}
     if wanted == "auto":
         wanted = "test" if task.test is not None else "validation"
@@ -422,12 +232,12 @@ def check(method: Method, job: Job, base: PreTrainedModel | None = None) -> PreT
         )
     check_arguments(args)
     check_generation(job, most)
-    setting = setting_of(method, base, split_rows(method, job), args, job.options(), **_asked(job))
+    setting = setting_of(method, base, split_rows(method, job), args, job.options(), **asked(job))
     method.check(base, setting)
     return base
 
 
-def _asked(job: Job) -> dict[str, Any]:
+def asked(job: Job) -> dict[str, Any]:
     """The task in `setting_of`'s terms."""
     return {
         "task_type": job.task.task_type,
@@ -458,319 +268,10 @@ def split_rows(method: Method, job: Job) -> TwoSets:
     return two_sets(job.train_rows, None, method.held_out_share, job.args.seed)
 
 
-def run_method(
-    method: Method,
-    job: Job,
-    folder: Path,
-    resume: bool = False,
-    base: PreTrainedModel | None = None,
-    name: str | None = None,
-    rows: Dataset | None = None,
-) -> Result:
-    """The stages of one method in a folder: choose, train, hand over, evaluate.
-
-    Leaves `adapter/`, `plan.json` where the method has ranks, `result.json`, and what other sizes
-    are cut from. Where `result.json` is there already, it is read and nothing else happens.
-
-    Args:
-        method: what to run.
-        job: on what.
-        folder: made where it is missing.
-        resume: go on from the checkpoints in it.
-        base: the base model where it is loaded already; used up.
-        name: what tables call it; None is the method's own label.
-        rows: training rows; None is all of the job's.
-    """
-    done = folder / "result.json"
-    if _go_on(method, folder) and done.is_file():
-        found = Result.load(done)
-        if found.method == as_json(method.describe()):
-            return found
-        done.unlink()  # flags that act after training have changed: that much is done again
-    job = job if rows is None else replace(job, train=rows)
-    base = base if base is not None else job.fresh_model()
-    plan: RankPlan | None = None
-    searched: dict[str, Any] = {}
-    final = method
-    if method.anew:
-        plan, searched = choose_stage(method, job, folder, resume, base)
-        dropout = getattr(method, "lora_dropout", 0.0)
-        final = LoRA(lora_dropout=dropout)
-    result = _train_stage(final, job, folder, resume, base, plan)
-    return _record(method, result, searched, folder, name)
-
-
-def _go_on(method: Method, folder: Path) -> bool:
-    """Whether what lies in a stage's folder is of this method; what is of another goes.
-
-    A control at another size, say, because the method beside it now hands over another one.
-    """
-    file, now = folder / "method.json", as_json(method.trained_by())
-    if file.is_file() and read_json(file) == now:
-        return True
-    for name in ("result.json", "plan.json"):
-        (folder / name).unlink(missing_ok=True)
-    for name in ("search", "training", method.product, *OTHER_SIZES):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    write_json(file, now)
-    return False
-
-
-def choose_stage(
-    method: Method, job: Job, folder: Path, resume: bool, base: PreTrainedModel
-) -> tuple[RankPlan, dict[str, Any]]:
-    """Chooses ranks and writes plan.json; read, where a resumed run has it already."""
-    figures, scratch = folder / "search" / "figures.json", folder / "search"
-    if figures.is_file():
-        return RankPlan.load(folder / "plan.json"), read_json(figures)
-    args = method.arguments(job.arguments(scratch))
-    with measured(args.device) as cost:
-        setting = setting_of(
-            method, base, split_rows(method, job), args, job.options(), **_asked(job)
-        )
-        kept = method.choose(base, setting, _checkpoint(method, scratch, resume))
-    assert kept.plan is not None
-    plan = with_provenance(kept.plan, setting)
-    plan.save(folder / "plan.json")
-    found = {
-        "search_seconds": cost["seconds"],
-        "search_peak_memory_bytes": cost["bytes"],
-        "held_out": len(setting.held_out),
-        **_choice(kept),
-    }
-    write_json(figures, found)
-    return plan, found
-
-
-def _choice(kept: Kept) -> dict[str, Any]:
-    return {
-        "curve": None if kept.curve is None else kept.curve.to_dict(),
-        "figures": dict(kept.figures),
-    }
-
-
-def _checkpoint(method: Method, folder: Path, resume: bool) -> bool:
-    """Whether there is a whole checkpoint that the method can go on from; others go.
-
-    Else a stage starts over, and gives what it would have given.
-    """
-    found = drop_damaged(folder) is not None and resume and method.resumable
-    if not found:
-        for path in folder.glob("checkpoint-*"):
-            shutil.rmtree(path)
-    return found
-
-
-def _train_stage(
-    method: Method,
-    job: Job,
-    folder: Path,
-    resume: bool,
-    base: PreTrainedModel,
-    plan: RankPlan | None,
-) -> dict[str, Any]:
-    """Trains, keeps, hands over and evaluates; the record's fields that come of that."""
-    scratch = folder / "training"
-    args = method.arguments(job.arguments(scratch))
-    data = split_rows(method, job)
-    with measured(args.device) as cost:
-        setting = setting_of(method, base, data, args, job.options(), **_asked(job))
-        given = plan if plan is not None else method.start(base, setting)
-        set_seed(args.seed)
-        trainer = method.trainer(method.attach(base, given, setting), given, setting)
-        run_training(trainer, _checkpoint(method, scratch, resume))
-    for config in getattr(trainer.model, "peft_config", {}).values():
-        config.base_model_name_or_path = job.source.name_or_path
-        config.revision = job.source.revision
-    started = time.perf_counter()
-    kept = method.keep(trainer, given, setting)
-    if plan is None and kept.plan is not None:
-        kept = replace(kept, plan=with_provenance(kept.plan, setting))
-    seconds = round(time.perf_counter() - started, 3)
-    ranked = kept.plan is not None
-    head = sum(
-        p.numel()
-        for n, p in trainer.model.named_parameters()
-        if p.requires_grad and not (ranked and "lora_" in n)
-    )
-    _hand_over(method, job, trainer, kept, folder)
-    lora = kept.plan.parameters if kept.plan is not None else None
-    found = evaluated(job, trainer)
-    texts = generation(job, trainer.model, folder / GENERATIONS, resume)
-    return {
-        "method": method,
-        "job": job,
-        "plan": kept.plan,
-        "rows": {
-            "train": len(data.train),
-            "held_out": len(data.validation),
-            "evaluated": len(job.evaluation),
-        },
-        "metrics": found["metrics"] | texts.pop("metrics", {}),
-        "resampled": found["resampled"],
-        "generation": texts,
-        "rivals": _rivals(method, job, trainer, kept, head),
-        "trainable_parameters": (lora or 0) + head,
-        "lora_parameters": lora,
-        "cost": {
-            "search_seconds": seconds if method.chooses else 0.0,
-            "train_seconds": cost["seconds"],
-            "peak_memory_bytes": cost["bytes"],
-            "peak_memory_of": cost["of"],
-            "steps": trainer.state.global_step,
-        },
-        "resumed": resume,
-        **_choice(kept),
-    }
-
-
-def _rivals(
-    method: Method, job: Job, trainer: Trainer, kept: Kept, head: int
-) -> list[dict[str, Any]]:
-    """What else the same training could have given, measured on the same rows."""
-    found = []
-    for name, adapter in method.rivals(kept).items():
-        with TemporaryDirectory() as scratch:
-            adapter.save(Path(scratch) / "adapter")
-            swap_adapter(trainer, Path(scratch) / "adapter")
-        size = adapter.parameters
-        about = {"name": name, **evaluated(job, trainer), "lora_parameters": size}
-        ranks = {module: f.rank for module, f in adapter.factors().items()}
-        found.append(about | {"trainable_parameters": size + head, "ranks": ranks})
-    return found
-
-
-def _hand_over(method: Method, job: Job, trainer: Trainer, kept: Kept, folder: Path) -> None:
-    """The method's hand-over, into folders that hold nothing of a run that was killed in it."""
-    for name in (method.product, *OTHER_SIZES):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    method.hand_over(trainer, kept, folder)
-    for name in (method.product, *OTHER_SIZES):
-        if (folder / name).is_dir():
-            describe_adapter(job, folder / name, method)
-
-
-def describe_adapter(job: Job, folder: Path, method: Method) -> None:
-    """Writes beside an adapter what its task was, for `rankwise evaluate`."""
-    about = job.task.describe() | {"max_length": job.max_length, "method": method.describe()}
-    about["gguf_file"] = job.source.gguf_file
-    about["load_in_4bit"] = job.source.load_in_4bit
-    base = job.source.name_or_path
-    if not Path(base).exists():  # of a folder, PEFT's own config alone says where
-        about["base"] = base
-    write_json(folder / TASK, about)
-    if folder.name == method.product:
-        job.tokenizer.save_pretrained(str(folder))
-
-
-def _record(
-    method: Method, found: dict[str, Any], searched: dict[str, Any], folder: Path, name: str | None
-) -> Result:
-    """The record of a finished method, written beside its adapter."""
-    job, plan = found["job"], found["plan"]
-    if plan is not None:
-        plan.save(folder / "plan.json")
-        # beside the weights too, for whoever gets those alone
-        plan.save(folder / method.product / "plan.json")
-    if method.anew:
-        found["cost"] |= {k: v for k, v in searched.items() if k.startswith("search_")}
-        found |= {"curve": searched["curve"], "figures": searched["figures"]}
-        found["rows"] |= {"held_out": searched["held_out"]}
-    result = Result(
-        name=name or method.label(plan),
-        method=method.describe(),
-        claim=method.claim,
-        task=job.task.describe(),
-        model=model_name(job.source.name_or_path),
-        rows=found["rows"],
-        split=job.split,
-        training=recorded(job.args),
-        metrics=found["metrics"],
-        resampled=found["resampled"],
-        trainable_parameters=found["trainable_parameters"],
-        lora_parameters=found["lora_parameters"],
-        ranks=None if plan is None else plan.ranks,
-        cost=found["cost"],
-        curve=found["curve"],
-        figures=found["figures"],
-        about={
-            "command": job.command,
-            "threads": torch.get_num_threads(),
-            "resumed": found["resumed"],
-            "max_length": job.max_length,
-            "floor": job.task.floor(job.train_rows, job.evaluation),
-            "load_in_4bit": job.source.load_in_4bit,
-            "versions": {p: version(p) for p in ("rankwise", "torch", "transformers", "peft")},
-            **job.about,
-            **found["generation"],
-        },
-    )
-    rivals = [replace(result, claim="", curve=None, figures={}, **r) for r in found["rivals"]]
-    result = Result.from_dict(result.with_controls(rivals, "").to_dict())
-    result.save(folder / "result.json")
-    return result
-
-
 def recorded(args: TrainingArguments) -> dict[str, Any]:
     """The TrainingArguments that a result rests on, as JSON holds them."""
     given = args.to_dict()
     return {name: given.get(name) for name in RECORDED}
-
-
-def evaluate(job: Job, trainer: Trainer) -> dict[str, float]:
-    """The loss and the task's metrics on the evaluation rows, by their own names.
-
-    Raises:
-        DivergedError: the loss is not finite.
-    """
-    return _predicted(job, trainer)[1]
-
-
-def evaluated(job: Job, trainer: Trainer) -> dict[str, Any]:
-    """`evaluate`'s metrics, and the main one on resamples of the rows, as a record holds them."""
-    output, metrics = _predicted(job, trainer)
-    sample = resampled(job.task.score_rows(output), len(job.evaluation))
-    return {"metrics": metrics, "resampled": tuple(round(float(x), 6) for x in sample)}
-
-
-def _predicted(job: Job, trainer: Trainer) -> tuple[Any, dict[str, float]]:
-    """The predictions for the evaluation rows, and what `evaluate` says of them."""
-    output: Any = trainer.predict(job.evaluation, metric_key_prefix="eval")
-    raw = output.metrics or {}
-    if not math.isfinite(raw["eval_loss"]):
-        raise DivergedError(
-            f"the loss on the {job.split} rows is {raw['eval_loss']} after training; lower "
-            f"--learning_rate (now {job.args.learning_rate:g})"
-        )
-    names = [name for name in job.task.metrics if f"eval_{name}" in raw]
-    metrics = {"loss": raw["eval_loss"]} | {name: float(raw[f"eval_{name}"]) for name in names}
-    return output, metrics
-
-
-def generation(job: Job, model: nn.Module, file: Path, resume: bool) -> dict[str, Any]:
-    """The official figures of the texts that a model generates for the evaluation rows.
-
-    Of a task of another kind, or a job that wants the loss alone, nothing. Texts go
-    to `file`; see `rankwise.decoding.generate_rows`.
-
-    Returns:
-        "metrics", their "signatures", "decoding", and "generation_seconds".
-    """
-    if not job.task.generates or job.decoding is None:
-        return {}
-    task: Any = job.task
-    _, rows = _evaluation_rows(task, job.split)
-    started = time.perf_counter()
-    texts = generate_rows(model, job.tokenizer, task, rows, job.decoding, file, resume)
-    seconds = round(time.perf_counter() - started, 3)
-    figures = task.score_texts(rows, texts)
-    drop_partial(file)
-    return {
-        "metrics": {figure.name: figure.value for figure in figures},
-        "signatures": {figure.name: figure.signature for figure in figures},
-        "decoding": asdict(job.decoding),
-        "generation_seconds": seconds,
-    }
 
 
 def check_generation(job: Job, most: int | None) -> None:
@@ -778,38 +279,10 @@ def check_generation(job: Job, most: int | None) -> None:
     if not job.task.generates or most is None or job.decoding is None:
         return
     task: Any = job.task
-    _, rows = _evaluation_rows(task, job.split)
+    _, rows = evaluation_rows(task, job.split)
     longest = max(map(len, task.prompts(job.tokenizer, rows)))
     if longest + job.decoding.max_new_tokens > most:
         raise DataError(
             f"the longest input is {longest} tokens and --max_new_tokens "
             f"{job.decoding.max_new_tokens}, but the model takes {most}; give fewer new tokens"
         )
-
-
-@contextmanager
-def measured(device: torch.device) -> Iterator[dict[str, Any]]:
-    """Seconds and peak memory of a block."""
-    found: dict[str, Any] = {}
-    peak: Peak = peak_memory(device)
-    started = time.perf_counter()
-    yield found
-    found["seconds"] = round(time.perf_counter() - started, 3)
-    found["bytes"], found["of"] = peak.read(), peak.of
-
-
-def with_method(name: str | Method, like: Method, budget: int | None) -> Method:
-    """A control: the method of that name with the flags that it shares with another.
-
-    Args:
-        name: of the control.
-        like: the method that it is compared with; `r`, `lora_alpha`, ... are taken from it.
-        budget: parameters, for a control that takes a budget.
-    """
-    control = by_name(name)
-    shared = ("r", "lora_alpha", "lora_dropout", "target_modules")
-    known = control.__dataclass_fields__
-    flags = {key: getattr(like, key) for key in shared if key in known and hasattr(like, key)}
-    if budget is not None and "budget" in known:
-        flags["budget"] = budget
-    return control.with_flags(**flags)

@@ -17,10 +17,11 @@ from filelock import FileLock, Timeout
 from transformers import TrainerCallback
 
 from rankwise.errors import DivergedError, OutputError, PlanError, RankwiseError
-from rankwise.job import Job, run_method
+from rankwise.job import Job
 from rankwise.methods import Method
 from rankwise.reading import as_json
 from rankwise.rows import hold_out
+from rankwise.stages import run_method
 from rankwise.trainer import replaced
 
 HELD_OUT, MOST = 0.1, 1000  # share of the training rows that judges, and how many at most

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from rankwise import METHODS, RankPlan, RankwiseError, Result, job, tasks, workspace
+from rankwise import METHODS, RankPlan, RankwiseError, Result, stages, tasks, workspace
 from rankwise.bilevel import SearchTrainer
 from rankwise.cli import arguments, main, show
 from rankwise.cli.job import parse_job
@@ -336,13 +336,13 @@ def test_a_csv_cell_of_any_length(tiny_bert, tmp_path):
 
 def test_any_field_of_training_arguments(base, tmp_path, monkeypatch):
     seen = []
-    real = job.run_training
+    real = stages.run_training
 
     def run_training(trainer, *args):
         seen.append(trainer.args)
         return real(trainer, *args)
 
-    monkeypatch.setattr(job, "run_training", run_training)
+    monkeypatch.setattr(stages, "run_training", run_training)
     extra = ["--training_arguments", '{"adam_beta2": 0.5, "adam_epsilon": 1e-4}']
     main(
         ["train", *for_train(base), "--max_steps", "1", *extra, "--output_dir", str(tmp_path / "o")]
@@ -510,7 +510,7 @@ def test_a_failed_run_leaves_the_results_that_it_was_to_replace(
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(job, "_train_stage", stop)
+    monkeypatch.setattr(stages, "_train_stage", stop)
     with pytest.raises(SystemExit):
         main(["train", *for_train(base), "--output_dir", str(out), "--overwrite_output_dir"])
     assert {name: (out / name).read_bytes() for name in names(out)} == before
@@ -568,7 +568,7 @@ def killed(argv: list[str], monkeypatch, owner, name: str, calls: int = 1) -> No
 def test_a_run_killed_after_the_search_goes_on(finished, base, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     argv = ["run", *base, "--control", "lora", "random", "--output_dir", str(out)]
-    killed(argv, monkeypatch, job, "_train_stage")
+    killed(argv, monkeypatch, stages, "_train_stage")
     assert "--resume_from_checkpoint" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
 
@@ -629,7 +629,7 @@ def test_a_run_killed_while_it_reports_goes_on(finished, base, tmp_path, monkeyp
 def test_an_unfinished_run_is_not_dropped_unasked(base, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     argv = ["run", *base, "--control", "none", "--output_dir", str(out)]
-    killed(argv, monkeypatch, job, "_train_stage")
+    killed(argv, monkeypatch, stages, "_train_stage")
     partial = tmp_path / "out.partial"
     before = names(partial)
     refused(capsys, argv, str(partial), "--resume_from_checkpoint", "--overwrite_output_dir")
@@ -655,7 +655,7 @@ def test_a_run_is_resumed_with_the_flags_of_its_method(
     base, tmp_path, monkeypatch, capsys, flags, words
 ):
     argv = ["run", *base, "--control", "none", "--output_dir", str(tmp_path / "out")]
-    killed(argv, monkeypatch, job, "_train_stage")
+    killed(argv, monkeypatch, stages, "_train_stage")
     refused(capsys, [*argv, "--resume_from_checkpoint", *flags], "had", *words)
 
 

@@ -246,7 +246,7 @@ def serve() -> None:
     import rankwise.cli.train
     import rankwise.cli.verify
     import rankwise.compare.cells
-    import rankwise.job
+    import rankwise.fitting
     import rankwise.orders
     import rankwise.predicting
     import rankwise.report.write

@@ -80,7 +80,8 @@ def _evaluate(
     from safetensors import SafetensorError
     from transformers import Trainer
 
-    from rankwise.job import check_generation, evaluate, generation, most_positions
+    from rankwise.evaluation import evaluate, generation
+    from rankwise.job import check_generation, most_positions
 
     method = from_description(about["method"]) if "method" in about else by_name("lora")
     try:

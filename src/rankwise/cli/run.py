@@ -55,23 +55,24 @@ def run(
     check_output(target, output.overwrite_output_dir, resume)
     given = load(command, model, data, fit, decoding)
     job = given.at_rate(fit.learning_rate, method)
-    from rankwise import job as jobs
     from rankwise.cli.launched import is_first
     from rankwise.cli.show import report, say
     from rankwise.hub import push
+    from rankwise.job import check, rests_on
     from rankwise.report import verdict
     from rankwise.result import Result
+    from rankwise.stages import run_method
 
-    base = jobs.check(method, job)
+    base = check(method, job)
     for name, flags in wanted.values():
         try:
-            jobs.check(_control(name, flags, method, None), job, base)
+            check(_control(name, flags, method, None), job, base)
         except PlanError:  # without flags of its own, whether it can be waits for the size
             if flags:
                 raise
     tuning = tuning if tuning is not None and tuning.tune else None
     settings = settings_of(method, model, data, fit, controls, *filter(None, [tuning, decoding]))
-    settings["rests_on"] = jobs.rests_on(job, base)
+    settings["rests_on"] = rests_on(job, base)
     if resume and is_finished(target, settings):
         say("this run is finished already")
         show(Result.load(Path(target) / "metrics.json"), Path(target))
@@ -86,7 +87,7 @@ def run(
     work = open_workspace(target, output.overwrite_output_dir, resume, settings)
     count = 1 + len(wanted)
     say(f"1/{count} {method.title}, learning rate {job.args.learning_rate:.3g}")
-    ours = jobs.run_method(method, job, work, resume, base)
+    ours = run_method(method, job, work, resume, base)
     results: list[Result] = []
     for number, (arm, (name, flags)) in enumerate(wanted.items(), 2):
         control = _control(name, flags, method, ours.lora_parameters)
@@ -175,7 +176,7 @@ def parse_control(spec: str) -> tuple[str, dict[str, Any]]:
 
 def _control(name: str, flags: dict[str, Any], method: Method, budget: int | None) -> Method:
     """A control at the method's size and scaling, unless flags or its name say a size."""
-    from rankwise.job import with_method
+    from rankwise.stages import with_method
 
     given = by_name(name, **flags)
     if getattr(given, "plan", None) is not None:  # decides all that a control takes over
@@ -202,7 +203,8 @@ def _train_control(
     """The control's result; None, and a line that says why, where there is none of this size."""
     from rankwise.cli.show import say
     from rankwise.files import write_text
-    from rankwise.job import GENERATIONS, run_method, split_rows
+    from rankwise.job import GENERATIONS, split_rows
+    from rankwise.stages import run_method
 
     # a method that hands over what it trained saw these rows alone, so its controls get no others
     rows = None if method.anew else split_rows(method, job).train

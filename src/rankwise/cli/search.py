@@ -29,28 +29,29 @@ def main(argv: Sequence[str]) -> None:
     resume = output.resume_from_checkpoint
     check_output(target, output.overwrite_output_dir, resume)
     job = load("search", model, data, fit).at_rate(fit.learning_rate, method)
-    from rankwise import job as jobs
     from rankwise.cli.run import show
     from rankwise.cli.show import report, say
     from rankwise.files import write_json
+    from rankwise.job import check, rests_on
     from rankwise.plan import RankPlan
     from rankwise.report import save_heatmap
+    from rankwise.stages import choose_stage, run_method
 
-    base = jobs.check(method, job)
+    base = check(method, job)
     settings = settings_of(method, model, data, fit)
-    settings["rests_on"] = jobs.rests_on(job, base)
+    settings["rests_on"] = rests_on(job, base)
     if resume and is_finished(target, settings):
         say("this search is finished already")
         say(summary(RankPlan.load(Path(target) / "plan.json"), Path(target)))
         return
     work = open_workspace(target, output.overwrite_output_dir, resume, settings)
     if method.anew:
-        plan, found = jobs.choose_stage(method, job, work, resume, base)
+        plan, found = choose_stage(method, job, work, resume, base)
         write_json(work / "metrics.json", found | {"ranks": plan.ranks})
         save_heatmap(plan, work / "ranks.png")
         folder = finish(work, target)
     else:
-        result = jobs.run_method(method, job, work, resume, base)
+        result = run_method(method, job, work, resume, base)
         report(result, work)
         folder = finish(work, target)
         show(result, folder)

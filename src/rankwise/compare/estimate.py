@@ -10,7 +10,8 @@ from rankwise.compare.cells import Cell
 from rankwise.compare.execute import cell_job
 from rankwise.compare.recipe import Recipe
 from rankwise.errors import DivergedError, RankwiseError
-from rankwise.job import check, run_method
+from rankwise.job import check
+from rankwise.stages import run_method
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,12 @@ from rankwise.compare.cells import (
 )
 from rankwise.compare.recipe import Recipe
 from rankwise.errors import CheckpointError, DivergedError, RankwiseError
-from rankwise.job import GENERATIONS, Job, evaluate, load_job, run_method
+from rankwise.evaluation import evaluate
+from rankwise.job import GENERATIONS, Job, load_job
 from rankwise.methods import Method
 from rankwise.result import Result
 from rankwise.rows import hold_out
+from rankwise.stages import run_method
 from rankwise.tasks.metrics import find_metric
 from rankwise.trainer import replaced
 
