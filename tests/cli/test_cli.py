@@ -193,9 +193,10 @@ def test_nothing_but_peft_s_own_config_holds_a_path(finished, tiny_bert, rows_di
 def test_search_train_evaluate_give_what_run_gave(finished, base, tmp_path, capsys):
     main(["search", *base, "--output_dir", str(tmp_path / "s")])
     assert json_of(tmp_path / "s" / "plan.json") == json_of(finished / "plan.json")
-    assert names(tmp_path / "s") == [".rankwise", "metrics.json", "plan.json", "ranks.png"]
-    assert metrics_of(tmp_path / "s")["search_seconds"] > 0
-    assert metrics_of(tmp_path / "s")["ranks"] == metrics_of(finished)["ranks"]
+    assert names(tmp_path / "s") == [".rankwise", "plan.json", "ranks.png", "search.json"]
+    found = json_of(tmp_path / "s" / "search.json")  # nothing was trained: no result record
+    assert found["search_seconds"] > 0
+    assert found["ranks"] == metrics_of(finished)["ranks"]
     plan = str(tmp_path / "s" / "plan.json")
     main(["train", *for_train(base), "--plan", plan, "--output_dir", str(tmp_path / "t")])
     assert same_tensors(tmp_path / "t", finished)
