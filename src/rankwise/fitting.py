@@ -21,6 +21,7 @@ from rankwise.given import check_count, check_type
 from rankwise.job import Job, Source, check, load_job, recorded, rests_on
 from rankwise.methods import DEFAULT, Method
 from rankwise.plan import RankPlan
+from rankwise.report.table import choice, verdict
 from rankwise.result import Result
 from rankwise.stages import run_method
 from rankwise.trainer import default_arguments, labelled
@@ -29,9 +30,9 @@ from rankwise.workspace import check_output, finish, is_finished, open_workspace
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Fitted:
-    """What `fit` made.
+    """What `fit` made; printed, it says what was chosen and what that is worth.
 
     Attributes:
         folder: holds `adapter/`, `plan.json`, `metrics.json`, and what other sizes are cut from.
@@ -47,6 +48,12 @@ class Fitted:
     curve: Curve | None
     job: Job
     method: Method
+
+    def __repr__(self) -> str:
+        return f"Fitted({str(self.folder)!r}, {self.result.name!r})"
+
+    def __str__(self) -> str:
+        return "\n".join(filter(None, (choice(self.result), self.result.verdict)))
 
     @property
     def model(self) -> nn.Module:
@@ -133,6 +140,8 @@ def fit(
         work = open_workspace(output_dir, overwrite_output_dir, resume_from_checkpoint, settings)
         try:
             result = run_method(method, job, work, resume_from_checkpoint, base)
+            rivals = list(result.controls)
+            result = result.with_controls(rivals, verdict(result, rivals))
             result.save(work / "metrics.json")
             finish(work, output_dir)
         finally:

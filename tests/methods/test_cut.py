@@ -525,6 +525,9 @@ def test_where_no_row_tells_sizes_apart_all_pieces_are_kept(never_stopped):
     assert len(set(never_stopped.curve.values)) == 1
     assert never_stopped.plan.parameters == never_stopped.curve.sizes[-1]
     assert "no row tells any size from another" in never_stopped.result.figures["choice"]
+    # all of what was trained is handed over, so that no order's cut of that size differs from it
+    assert never_stopped.result.controls == ()
+    assert str(never_stopped).splitlines()[-1].startswith("No control was trained")
 
 
 def test_what_a_run_hands_over_is_the_cut_of_what_it_keeps(folders, tiny_bert, tmp_path):

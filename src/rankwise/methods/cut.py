@@ -196,6 +196,8 @@ class CutByData(LoraMethod):
 
         ordered, small = kept.found
         whole, size = ordered.adapter, small.parameters
+        if size == whole.parameters and not kept.figures.get("heal", {}).get("kept"):
+            return {}  # nothing was cut: every order's cut to this size is this adapter
         factors = whole.factors()
         orders = {"one threshold on σ": by_sigma(factors), "random order": at_random(factors)}
         found = {"all pieces": whole}

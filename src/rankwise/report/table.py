@@ -117,12 +117,13 @@ def verdict(ours: Result, controls: Sequence[Result]) -> str:
         ours: the method's result.
         controls: on the same rows.
     """
+    lines = [] if learned(ours) is not False else [nothing_learned(ours)]
     if not controls:
-        return f"No control was trained: nothing here says whether {ours.name} helped."
+        said = f"No control was trained: nothing here says whether {ours.name} helped."
+        return "\n".join([*lines, said])
     metric = ours.task["metrics"][0]
     sign = 1 if find_metric(metric).greater_is_better else -1
     claim = ours.claim or ours.name
-    lines = [] if learned(ours) is not False else [nothing_learned(ours)]
     for control in controls:
         larger = (control.lora_parameters or 0) / (ours.lora_parameters or math.inf)
         if larger > LARGER:
