@@ -259,3 +259,40 @@ def test_sharding_is_refused_wherever_it_was_asked_for(tmp_path, monkeypatch):
     args.deepspeed = {"zero_optimization": {"stage": 3}}
     with pytest.raises(RankwiseError, match="DeepSpeed gives each process a part"):
         refuse_sharded("it", args, able=True)
+
+
+FIT = """
+import os, sys, rankwise
+from transformers import TrainingArguments
+
+model, train, other, test, batch, out = sys.argv[1:]
+args = TrainingArguments(
+    output_dir=out, max_steps=12, learning_rate=1e-2, per_device_train_batch_size=int(batch),
+    warmup_steps=0.06, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
+    ddp_backend="gloo" if "LOCAL_RANK" in os.environ else None,
+)
+fitted = rankwise.fit(
+    "cut", model=model, output_dir=out, args=args, r=4,
+    train_file=train, validation_file=other, test_file=test,
+)
+size = sum(p.numel() for name, p in fitted.model.named_parameters() if "lora_" in name)
+print(f"{size} of {fitted.plan.parameters}", fitted.curve.sizes, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_fit_in_python_gives_every_process_the_same(model, tmp_path):
+    script = tmp_path / "fit.py"
+    script.write_text(FIT)
+    files = flags(model, tmp_path, 4)
+    given = [files[files.index(f"--{name}") + 1] for name in ("train_file", "validation_file")]
+    given += [files[files.index("--test_file") + 1]]
+    found = launch([*TWO, str(script), model, *given, "4", "two"], tmp_path)
+    assert found.returncode == 0, found.stderr[-3000:]
+    first, second = found.stdout.strip().splitlines()
+    assert first == second  # both have the model that was handed over
+    alone = launch([str(script), model, *given, "8", "one"], tmp_path)
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    assert alone.stdout.strip() == first
+    check_alike(tmp_path / "one", tmp_path / "two")
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["one", "two"]
