@@ -21,9 +21,9 @@ def several(self: PartialState, *args: Any, **kwargs: Any) -> None:
 
 if __name__ == "__main__":
     PartialState.__init__ = several
-    from rankwise import cli, job
+    from rankwise import cli, stages
 
-    evaluate = job.evaluated
+    evaluate = stages.evaluated
 
     def evaluated(job: Any, trainer: Any) -> Any:
         """Says what the model is made of where it is evaluated."""
@@ -32,5 +32,5 @@ if __name__ == "__main__":
         print(*kinds, "in", type(model).__name__.removeprefix("FSDP"), file=sys.stderr)
         return evaluate(job, trainer)
 
-    job.evaluated = evaluated
+    stages.evaluated = evaluated
     cli.main()

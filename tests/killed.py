@@ -23,13 +23,13 @@ class Killed(TrainerCallback):
 
 
 if __name__ == "__main__":
-    from rankwise import cli, job
+    from rankwise import cli, stages
 
-    run_training = job.run_training
+    run_training = stages.run_training
 
     def training(trainer: Any, resume: Any) -> None:
         trainer.add_callback(Killed())
         run_training(trainer, resume)
 
-    job.run_training = training
+    stages.run_training = training
     cli.main()

@@ -19,6 +19,7 @@ from rankwise.files import release
 from rankwise.given import check_arguments as check_given_arguments
 from rankwise.given import check_count, check_type
 from rankwise.job import Job, Source, check, load_job, recorded, rests_on
+from rankwise.launched import own_folder
 from rankwise.methods import DEFAULT, Method
 from rankwise.plan import RankPlan
 from rankwise.report.table import choice, verdict
@@ -81,7 +82,8 @@ def fit(
             test, the name of a known task, the rows themselves (a datasets.Dataset or DatasetDict,
             a DataFrame, a list of dicts), or what `tasks.load_task` gave.
         model: hub id or folder of the base model, or a `Source`.
-        output_dir: new or empty folder for the results.
+        output_dir: new or empty folder for the results. Under torchrun the first process writes
+            it; the others return what they have in folders of their own, which go when they end.
         args: TrainingArguments; None is 3 epochs of AdamW at the method's usual learning rate
             (1e-3 for LoRA's kind; `Method.rate_for`), batch 32, warmed up over 6 % of the steps.
             In one of your own give a learning rate: its default, 5e-5, is full fine-tuning's. Its
@@ -109,6 +111,7 @@ def fit(
     _check_options(method, more)
     check_type("model", model, (str, PathLike, Source), "the hub id or folder of a base model")
     check_count("max_length", max_length)
+    output_dir = own_folder(output_dir, resume_from_checkpoint)
     check_output(output_dir, overwrite_output_dir, resume_from_checkpoint)
     source = model if isinstance(model, Source) else Source(str(model))
     if args is None:

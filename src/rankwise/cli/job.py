@@ -17,9 +17,10 @@ from rankwise.cli.arguments import (
     required,
 )
 from rankwise.cli.flags import Group, parse, read_flag
-from rankwise.cli.launched import check_launcher, own_output, processes
+from rankwise.cli.launched import check_launcher, own_output
 from rankwise.decoding import Decoding
 from rankwise.errors import RankwiseError
+from rankwise.launched import processes
 from rankwise.methods import METHODS, Method, by_name
 
 if TYPE_CHECKING:

@@ -1,32 +1,13 @@
-"""Several processes under torchrun or accelerate: all of them work, the first writes and speaks.
-
-Each process does the same things in the same order, so that the collectives of a Trainer meet. What
-the others would write goes to a folder of their own that nobody keeps.
-"""
+"""A command under torchrun or accelerate: which processes take part in it, and that one speaks."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from rankwise.cli.arguments import OutputArguments
-from rankwise.workspace import beside
+from rankwise.launched import is_first, own_folder, processes
 
 TRAINING = ("run", "search", "train", "evaluate")
-_scratch: list[str] = []
-
-
-def is_first() -> bool:
-    """Whether this process is the one that writes and speaks."""
-    return processes() == 1 or int(os.environ.get("RANK", "0")) == 0
-
-
-def processes() -> int:
-    """How many the launcher has started; a WORLD_SIZE that is no number counts for nothing."""
-    given = os.environ.get("WORLD_SIZE", "").strip()
-    return int(given) if given.isdecimal() else 1
 
 
 @contextmanager
@@ -42,24 +23,13 @@ def only_the_first_speaks(command: str) -> Iterator[bool]:
         nothing = stack.enter_context(open(os.devnull, "w"))
         stack.enter_context(redirect_stdout(nothing))
         stack.enter_context(redirect_stderr(nothing))
-        _scratch[:] = [stack.enter_context(TemporaryDirectory())]
         yield command in TRAINING
 
 
 def own_output(output: OutputArguments) -> None:
-    """Gives processes other than the first a folder of their own to write to.
-
-    Where a run is gone on with, it starts as a copy of the first one's, which nobody changes before
-    all processes have met, in the first collective.
-    """
-    if not _scratch or output.output_dir is None:
-        return
-    first, own = Path(output.output_dir).expanduser(), Path(_scratch[0]) / "run"
-    if output.resume_from_checkpoint:
-        for there, here in ((first, own), (beside(first), beside(own))):
-            if there.is_dir():
-                shutil.copytree(there, here)
-    output.output_dir = str(own)
+    """Gives processes other than the first a folder of their own to write to."""
+    if output.output_dir is not None and not is_first():
+        output.output_dir = str(own_folder(output.output_dir, output.resume_from_checkpoint))
 
 
 def check_launcher(what: str, able: bool = False) -> None:

@@ -55,10 +55,10 @@ def run(
     check_output(target, output.overwrite_output_dir, resume)
     given = load(command, model, data, fit, decoding)
     job = given.at_rate(fit.learning_rate, method)
-    from rankwise.cli.launched import is_first
     from rankwise.cli.show import report, say
     from rankwise.hub import push
     from rankwise.job import check, rests_on
+    from rankwise.launched import is_first
     from rankwise.report import verdict
     from rankwise.result import Result
     from rankwise.stages import run_method
