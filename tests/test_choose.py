@@ -351,6 +351,7 @@ def test_an_interval_and_not_a_mean_decides():
         ([2.021, 2.0], [0, 0], "loss", False, 2),
         ([8.079, 8.0], [0, 0], "perplexity", False, 1),
         ([8.081, 8.0], [0, 0], "perplexity", False, 2),
+        ([2.021, 2.0], [0.5, 0.5], "loss", False, 2),  # of which its own error says nothing
         ([1.0, 2.0], [0, 0], "loss", False, 1),  # better, not worse
         ([0.4, 0.3], [0, 0], "accuracy", True, 1),
     ],

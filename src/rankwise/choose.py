@@ -273,9 +273,9 @@ POINT = 0.01
 
 def default_margin(curve: Curve) -> float:
     """What `smallest_as_good` allows where no margin is given, in the metric's units."""
-    unbounded = curve.metric.endswith(("loss", "perplexity"))
-    point = POINT * (abs(curve.values[-1]) if unbounded else 1)
-    return max(point, curve.standard_errors[-1])
+    if curve.metric.endswith(("loss", "perplexity")):
+        return POINT * abs(curve.values[-1])
+    return max(POINT, curve.standard_errors[-1])
 
 
 def smallest_as_good(curve: Curve, margin: float | None = None) -> int:
@@ -288,9 +288,10 @@ def smallest_as_good(curve: Curve, margin: float | None = None) -> int:
     Args:
         curve: quality at every size.
         margin: how much worse still counts as good, in the metric's units, at least 0; None is
-            0.01 (for a loss 1 % of it), or one standard error of the metric at the largest size
-            where that is more: rows that cannot tell the metric to a point cannot tell a
-            difference of one.
+            0.01, or one standard error of the metric at the largest size where that is more: rows
+            that cannot tell an accuracy to a point cannot tell a difference of one. For a loss or a
+            perplexity it is 1 % of it: rows differ by far more than sizes do, so that its own
+            standard error says nothing of how well a difference is known.
 
     Raises:
         RankwiseError: a negative margin.

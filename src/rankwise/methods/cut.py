@@ -63,7 +63,8 @@ class CutByData(LoraMethod):
     )
     margin: float | None = flag(
         None, "how much worse than all pieces is as good, in the metric's units; without it, 0.01, "
-        "or one standard error of the metric where the rows cannot tell 0.01", after=True
+        "or one standard error of the metric where the rows cannot tell 0.01; of a loss, 1 %",
+        after=True,
     )  # fmt: skip
     sizes: int = flag(8, "sizes on the curve, each half of the one before", after=True)
     order_rows: int = flag(
