@@ -223,6 +223,60 @@ def test_hub_script_falls_back_on_the_converted_set(monkeypatch):
     assert [task.label_names[n] for n in task.train[0]["ner_tags"]] == ["O", "B-protein"]
 
 
+def webnlg_row(triple: str, texts: list[str], category: str = "Airport") -> dict:
+    """As the hub has it; a set within a set is a dict of lists there."""
+    return {
+        "category": category,
+        "modified_triple_sets": {"mtriple_set": [[triple, "b | c | d"]]},
+        "lex": {"text": texts, "lid": ["Id1"] * len(texts)},
+    }
+
+
+def test_hub_webnlg_is_triples_and_texts(monkeypatch):
+    test = [
+        webnlg_row("a | b | c", []),  # the challenge's test inputs without texts are there too
+        webnlg_row("a | b | c", ["One.", "Two."]),
+        webnlg_row("e | f | g", ["Three."], category="Artist"),
+        webnlg_row("e | f | g", ["Three."], category="Artist"),  # and its unseen half once more
+    ]
+    splits = DatasetDict(
+        train=Dataset.from_list([webnlg_row("a | b | c", ["One.", "Two."])]),
+        dev=Dataset.from_list([webnlg_row("x | y | z", ["Four."])]),
+        test=Dataset.from_list(test),
+    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names: splits)
+    task = load_task("web_nlg")
+    assert task.train["triples"][:] == ["a | b | c && b | c | d"] * 2
+    assert task.train["text"][:] == [["One."], ["Two."]]
+    assert task.validation["text"][:] == [["Four."]]
+    assert task.test["text"][:] == [["One.", "Two."], ["Three."]]
+    assert task.test["group"][:] == ["seen", "unseen"]
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_hub_dart_is_triples_and_texts(as_list, monkeypatch):
+    texts = [{"source": "s", "text": "One."}, {"source": "s", "text": "Two."}]
+    said = texts if as_list else {key: [t[key] for t in texts] for key in ("source", "text")}
+    rows = Dataset.from_list(
+        [{"tripleset": [["a", "B", "c"], ["d", "E", "f"]], "annotations": said}]
+    )
+    splits = DatasetDict(train=rows, validation=rows, test=rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names: splits)
+    task = load_task("dart")
+    for split in (task.train, task.test):
+        assert split["triples"][:] == ["a | B | c && d | E | f"]
+        assert split["text"][:] == [["One.", "Two."]]
+
+
+def test_hub_e2e_has_a_row_a_reference(monkeypatch):
+    rows = Dataset.from_dict({"meaning_representation": ["m", "m"], "human_reference": ["h", "i"]})
+    splits = DatasetDict(train=rows, validation=rows, test=rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names: splits)
+    task = load_task("e2e_nlg")
+    assert task.train["human_reference"][:] == [["h"], ["i"]]
+    assert task.test["human_reference"][:] == [["h", "i"]]
+
+
 def test_hub_that_cannot_be_reached(monkeypatch):
     def fake(*names):
         raise ConnectionError("no route\nmore")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from rankwise.errors import DataError
 from rankwise.given import check_path
 from rankwise.reading import Unreadable, parse_json
 from rankwise.tasks.checks import Rows
-from rankwise.tasks.known import SPLITS, KnownTask
+from rankwise.tasks.known import SPLITS, KnownTask, Row
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,7 +44,8 @@ def read_hub(known: KnownTask, trust_remote_code: bool = False) -> dict[str, Row
             "give data_dir= a folder with its train.jsonl and validation.jsonl"
         ) from error
     found = zip(SPLITS, known.hub_splits, strict=True)
-    return {split: _plain_rows(loaded[there]) for split, there in found if there in loaded}
+    read = _plain_rows if known.flat is None else partial(_flat_rows, known.flat)
+    return {split: read(loaded[there]) for split, there in found if there in loaded}
 
 
 def folder_files(data_dir: str | Path) -> dict[str, Path]:
@@ -285,6 +287,12 @@ def _named_class(value: Any, names: list[str], path: Path, column: str) -> Any:
             f"({', '.join(names[:12])}); write it again"
         )
     return names[value]
+
+
+def _flat_rows(flat: Callable[[Row], list[Row]], rows: Dataset) -> Rows:
+    """Columns of what `flat` makes of each row."""
+    found = [part for row in rows for part in flat(row)]
+    return {name: [part[name] for part in found] for name in (found[0] if found else ())}
 
 
 def _plain_rows(rows: Dataset) -> Rows:

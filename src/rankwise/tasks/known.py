@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from rankwise.errors import DataError
 
 SPLITS = ("train", "validation", "test")
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class KnownTask:
         hub_splits: the hub's names for train, validation and test.
         suite: for a generation task, whose scorer judges the texts; see `rankwise.metrics`.
         unseen: categories of its test rows that are not in train.
+        flat: of a row of the hub that has columns within columns, the rows that we know; None
+            where they are the same.
     """
 
     hub: tuple[str, ...]
@@ -35,6 +40,25 @@ class KnownTask:
     hub_splits: tuple[str, str, str] = SPLITS
     suite: str = ""
     unseen: tuple[str, ...] = ()
+    flat: Callable[[Row], list[Row]] | None = None
+
+
+def _webnlg(row: Row) -> list[Row]:
+    """A row a text: the test split has inputs twice, and once without texts."""
+    (triples, *_) = _within(row["modified_triple_sets"], "mtriple_set")
+    about = {"category": row["category"], "triples": list(triples)}
+    return [about | {"text": text} for text in _within(row["lex"], "text")]
+
+
+def _dart(row: Row) -> list[Row]:
+    triples = [" | ".join(triple) for triple in row["tripleset"]]
+    texts = list(_within(row["annotations"], "text"))
+    return [{"triples": triples, "text": texts}] if texts else []
+
+
+def _within(column: Any, name: str) -> list[Any]:
+    """A column within a column, which is a dict of lists or, in newer sets, a list of dicts."""
+    return list(column[name] if isinstance(column, Mapping) else (part[name] for part in column))
 
 
 # Of generation tasks, the loss is the first: sizes and rates are chosen by it. METEOR has the name
@@ -130,6 +154,8 @@ KNOWN: dict[str, KnownTask] = {
     ),
     "web_nlg": KnownTask(
         hub=("webnlg-challenge/web_nlg", "webnlg_challenge_2017"),
+        hub_splits=("train", "dev", "test"),
+        flat=_webnlg,
         text_columns=("triples", "text"),
         label_names=None,
         metrics=(*_LOSS, *_TRIPLES, *(f"{m}_{p}" for p in ("seen", "unseen") for m in _TRIPLES)),
@@ -139,6 +165,7 @@ KNOWN: dict[str, KnownTask] = {
     ),
     "dart": KnownTask(
         hub=("Yale-LILY/dart",),
+        flat=_dart,
         text_columns=("triples", "text"),
         label_names=None,
         metrics=(*_LOSS, *_TRIPLES),
