@@ -6,12 +6,14 @@ python experiments/cut_summary.py    writes results/cut-summary.json, docs/cut.m
 
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from summary import replace_block
 
 from rankwise.files import temporary_name, write_json, write_text
+from rankwise.report.statistics import t_over_tasks, two_level
 
 HERE = Path(__file__).parent
 PAGES = {
@@ -32,6 +34,7 @@ ORDERS = (
     "random",
 )
 TRAINED_ON = ("by data, healed", "one threshold on σ, healed", "by data, half-way")
+HEAD = "by data, head re-fitted"
 SCRATCH = ("all linear, r=1", "AdaLoRA", "query and value, r=1")
 CONTROL = "one threshold on σ"
 OURS = "by data, four looks"  # the default
@@ -48,12 +51,12 @@ def main() -> None:
     draw(found, HERE.parent / "docs" / "cut.png")
 
 
-def load(rank: int = 8) -> dict[str, list[dict[str, Any]]]:
-    """Result files of a rank that have all orders, by task, in the order of seeds."""
+def load(rank: int = 8, orders: Sequence[str] = ORDERS) -> dict[str, list[dict[str, Any]]]:
+    """Result files of a rank that have these orders, by task, in the order of seeds."""
     runs: dict[str, list[dict[str, Any]]] = {}
     for path in sorted((HERE / "results" / "cut").glob("*-seed*.json")):
         found = json.loads(path.read_text())
-        if found["r"] == rank and set(found["arms"]) >= {"all pieces", *ORDERS}:
+        if found["r"] == rank and set(found["arms"]) >= {"all pieces", *orders}:
             runs.setdefault(path.name.partition("-")[0], []).append(found)
     return runs
 
@@ -61,7 +64,7 @@ def load(rank: int = 8) -> dict[str, list[dict[str, Any]]]:
 def rank_16() -> dict[str, Any]:
     """What the tables say of LoRA of rank 16, by task."""
     shown = ("metric", "seeds", "parameters", "all pieces", "score", "loss")
-    found = {task: one_task(seeds) for task, seeds in load(16).items()}
+    found = {task: one_task(seeds) for task, seeds in load(16, (OURS, CONTROL)).items()}
     return {task: {key: t[key] for key in shown} for task, t in found.items()}
 
 
@@ -75,6 +78,8 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     return {
         "tasks": tasks,
         "rates": rates(),
+        "paired": {name: paired(runs, name) for name in ("metric", "loss")},
+        "head": head_fitted(runs),
         "given_up": given_up,
         "saved_at_16": 1 - given_up[OURS]["16"] / given_up[CONTROL]["16"],
         "below_control": {
@@ -85,6 +90,45 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 NAMES = tuple(map(str, SIZES))
+
+
+def paired(runs: dict[str, list[dict[str, Any]]], name: str) -> dict[str, Any]:
+    """By size, what the order by data has more than σ's threshold on the same adapter: the mean
+    over tasks, and its intervals by both ways of `rankwise.report.statistics`."""
+    found = {}
+    for size in NAMES:
+        by_task = []
+        for seeds in runs.values():
+            metric = seeds[0]["task"]["metrics"][0] if name == "metric" else "loss"
+            arms = ([run["arms"][arm][size][metric] for run in seeds] for arm in (OURS, CONTROL))
+            by_task.append([a - b for a, b in zip(*arms, strict=True)])
+        two, over = two_level(by_task), t_over_tasks(by_task)
+        found[size] = {
+            "mean": two.mean,
+            "two_level": [two.low, two.high],
+            "t_over_tasks": [over.low, over.high],
+        }
+    return found
+
+
+def head_fitted(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """By task, the cut by data and the same with its head trained on, of the seeds that have it."""
+    found = {}
+    for task, seeds in runs.items():
+        have = [run for run in seeds if HEAD in run["arms"]]
+        if have:
+            metric = have[0]["task"]["metrics"][0]
+            found[task] = {
+                "seeds": [run["seed"] for run in have],
+                **{
+                    arm: {
+                        size: {name: mean(have, arm, size, name) for name in (metric, "loss")}
+                        for size in have[0]["arms"][HEAD]
+                    }
+                    for arm in (OURS, HEAD)
+                },
+            }
+    return found
 
 
 def trained(seeds: list[dict[str, Any]]) -> dict[str, Any]:
@@ -164,7 +208,8 @@ def as_good(score: dict[str, float], whole: float) -> int:
 
 def tables(found: dict[str, Any]) -> str:
     said = "The task's metric in points, and the loss: by data / one threshold on σ."
-    parts = [given_up_table(found), scores_table(found["tasks"], said), trained_table(found)]
+    parts = [given_up_table(found), scores_table(found["tasks"], said), paired_table(found)]
+    parts += [trained_table(found), head_table(found["head"])]
     if found["of_rank_16"]:
         said = "The same of LoRA of rank 16, whose 1/8 has as many parameters as 1/4 above:"
         parts.append(scores_table(found["of_rank_16"], said))
@@ -200,6 +245,50 @@ def scores_table(tasks: dict[str, Any], said: str) -> str:
             cells = [f"{scale * a:.{digits}f} / {scale * b:.{digits}f}" for a, b in pairs]
             head = f"{task} | {name.replace('_', ' ')} | {scale * t['all pieces'][name]:.{digits}f}"
             lines.append(f"| {head} | {' | '.join(cells)} | {len(t['seeds'])} |")
+    return "\n".join(lines)
+
+
+def paired_table(found: dict[str, Any]) -> str:
+    """By data less σ: means over tasks of paired differences, with their intervals."""
+    lines = [
+        "By data less σ, paired by task and seed: mean over tasks, and its 95 % interval by a "
+        "bootstrap of tasks and seeds / by t over tasks:",
+        "",
+        "| | " + " | ".join(f"1/{size}" for size in SIZES) + " |",
+        "| --- |" + " ---: |" * len(SIZES),
+    ]
+    for name, head, scale, digits in (("metric", "points", 100, 1), ("loss", "loss", 1, 3)):
+        cells = []
+        for size in NAMES:
+            about = found["paired"][name][size]
+            ends = (about[way] for way in ("two_level", "t_over_tasks"))
+            said = " / ".join(
+                " to ".join(f"{scale * end:+.{digits}f}" for end in pair) for pair in ends
+            )
+            cells.append(f"{scale * about['mean']:+.{digits}f} ({said})")
+        lines.append(f"| {head} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def head_table(found: dict[str, Any]) -> str:
+    """The cut by data before and after its head is trained on; "" where none was."""
+    if not found:
+        return ""
+    sizes = list(next(iter(found.values()))[HEAD])
+    lines = [
+        "Metric in points / loss of the cut by data, and after a tenth of the steps for its head "
+        "alone:",
+        "",
+        "| task | " + " | ".join(f"1/{size}" for size in sizes) + " | seeds |",
+        "| --- |" + " ---: |" * (len(sizes) + 1),
+    ]
+    for task, t in found.items():
+        metric = next(name for name in t[OURS][sizes[0]] if name != "loss")
+        cells = []
+        for size in sizes:
+            both = (t[arm][size] for arm in (OURS, HEAD))
+            cells.append(" → ".join(f"{100 * m[metric]:.1f} / {m['loss']:.3f}" for m in both))
+        lines.append(f"| {task} | {' | '.join(cells)} | {', '.join(map(str, t['seeds']))} |")
     return "\n".join(lines)
 
 

@@ -126,6 +126,31 @@ def test_arms_of_the_dylora_comparison_had_as_many_steps():
             assert longer / steps["dylora"] == pytest.approx(4, rel=0.01)
 
 
+def cut_run(ahead: float, **more: dict) -> dict:
+    """A result in which the order by data is so far ahead of σ at every size."""
+    of = {cut.OURS: ahead, cut.CONTROL: 0.0}
+    arms = {
+        arm: {size: {"accuracy": 0.5 + by, "loss": 1 - by} for size in cut.NAMES}
+        for arm, by in of.items()
+    }
+    return {"task": {"metrics": ["accuracy"]}, "seed": 0, "arms": arms | more}
+
+
+def test_orders_are_compared_on_the_same_adapter_and_every_task_counts_alike():
+    found = cut.paired({"a": [cut_run(0.1), cut_run(0.3)], "b": [cut_run(-0.4)]}, "metric")["16"]
+    assert found["mean"] == pytest.approx((0.2 - 0.4) / 2)
+    # t of one degree of freedom is 12.706; the standard error of two means is half their distance
+    ends = [-0.1 - 12.7062 * 0.3, -0.1 + 12.7062 * 0.3]
+    assert found["t_over_tasks"] == pytest.approx(ends, abs=1e-4)
+
+
+def test_a_head_is_compared_with_the_cut_of_the_same_seeds():
+    head = {cut.HEAD: {"8": {"accuracy": 0.9, "loss": 0.1}}}
+    found = cut.head_fitted({"a": [cut_run(0.1), cut_run(0.3, **head)], "b": [cut_run(0.2)]})
+    assert list(found) == ["a"] and found["a"][cut.OURS]["8"]["accuracy"] == pytest.approx(0.8)
+    assert "80.0 / 0.700 → 90.0 / 0.100" in cut.head_table(found)
+
+
 def test_pages_hold_the_tables_of_the_cut():
     found = cut.summarise(cut.load()) | {"of_rank_16": cut.rank_16()}
     saved = json.loads((ROOT / "experiments/results/cut-summary.json").read_text())
