@@ -102,10 +102,11 @@ def test_cider_is_10_for_the_only_reference_and_0_without_a_common_word():
         ("the U.S. and d.c. cost 1,000", "the us and dc cost 1,000"),
         ("one. two. Three... nm_1", "one. two . three ... nm _ 1"),
         ("the 1990's dogs' 'bark'", "the 1990 's dogs ' ' bark '"),
+        (" \u3000\n", ""),
     ],
 )
 def test_meteor_tokens(text, tokens):
-    assert " ".join(tokenize(text)) == tokens
+    assert tokenize(text) == tokens.split()
 
 
 def test_meteor_knows_abbreviations_by_its_tables():

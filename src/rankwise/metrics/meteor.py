@@ -167,23 +167,26 @@ def tokenize(text: str) -> list[str]:
     for pattern, instead in _RULES:
         text = pattern.sub(instead, text)
     words = re.split(r"[ \t\n\r\f]+", text)
-    parts = [
-        part
-        for word, after in zip(words, [*words[1:], ""], strict=True)
-        for part in _stop(word, after)
-    ]
-    joined = " ".join(parts).replace(_ELLIPSIS, ".").lower()
-    return re.split("[ \u00a0\u2000-\u200a\u202f\u205f\u3000]+", joined.strip())
+    lists = abbreviations(tables_folder())
+    pairs = zip(words, [*words[1:], ""], strict=True)
+    joined = " ".join(part for word, after in pairs for part in _stop(word, after, *lists))
+    apart = re.split("[ \u00a0\u2000-\u200a\u202f\u205f\u3000]+", joined.replace(_ELLIPSIS, "."))
+    return [word.lower() for word in apart if word]
 
 
-def _stop(word: str, after: str) -> tuple[str, ...]:
-    """A word, and apart from it the full stop that ends a sentence with it."""
+def _stop(word: str, after: str, always: Set[str], before_number: Set[str]) -> tuple[str, ...]:
+    """A word, and apart from it the full stop that ends a sentence with it.
+
+    Args:
+        word: may end in a full stop.
+        after: the next word, or "".
+        always, before_number: see `abbreviations`.
+    """
     stem, dot, _ = word.rpartition(".")
     if not stem or not word.endswith("."):
         return (word,)
     if "." in stem and _LETTER.search(stem):
         return (word.replace(".", ""),)
-    always, before_number = abbreviations(tables_folder())
     goes_on = re.match("[a-z]", after) or (stem in before_number and re.match("[0-9]", after))
     return (word,) if stem in always or goes_on else (stem, dot)
 
