@@ -77,7 +77,11 @@ def cases(folder: Path) -> dict[str, tuple]:
 
 def main(folder: Path) -> None:
     """Scores every case and writes the result."""
-    result: dict = {"versions": {p: version(p) for p in ("sacrebleu", "nltk", "pycocoevalcap")}}
+    result: dict = {
+        "versions": {
+            p: version(p) for p in ("sacrebleu", "nltk", "snowballstemmer", "pycocoevalcap")
+        }
+    }
     for case, (suite, hypotheses, references, official) in cases(folder).items():
         started = time.perf_counter()
         figures = {f.name: f for f in score(suite, hypotheses, references)}

@@ -14,7 +14,7 @@ from rankwise.cli import main
 sys.path.append(str(Path(__file__).parents[1] / "tasks"))
 from test_causal_lm import byte_level
 
-for package in ("sacrebleu", "nltk", "pycocoevalcap"):
+for package in ("sacrebleu", "nltk", "snowballstemmer", "pycocoevalcap"):
     pytest.importorskip(package)
 
 FAST = (

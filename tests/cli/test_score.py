@@ -7,7 +7,7 @@ import pytest
 
 from rankwise.cli import main
 
-for package in ("sacrebleu", "nltk", "pycocoevalcap", "anyascii"):
+for package in ("sacrebleu", "nltk", "snowballstemmer", "pycocoevalcap", "anyascii"):
     pytest.importorskip(package)
 
 HYPS = ["the cat sat on the mat .", "a dog barks ."]

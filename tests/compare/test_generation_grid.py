@@ -20,7 +20,7 @@ from rankwise.result import Result
 sys.path.append(str(Path(__file__).parents[1] / "tasks"))
 from test_causal_lm import byte_level
 
-for package in ("sacrebleu", "nltk", "pycocoevalcap"):
+for package in ("sacrebleu", "nltk", "snowballstemmer", "pycocoevalcap"):
     pytest.importorskip(package)
 
 RECIPE = {

@@ -13,6 +13,7 @@ from rankwise.metrics.meteor import (
     compare,
     meteor,
     read_tables,
+    stem,
     tables_folder,
     tokenize,
 )
@@ -22,6 +23,7 @@ from rankwise.metrics.ter import Pair, search, ter
 
 pytest.importorskip("sacrebleu")
 pytest.importorskip("nltk")
+pytest.importorskip("snowballstemmer")
 
 HYPS = ["the cat sat on the mat", "a dog barks"]
 REFS = [["the cat sat on the mat", "there is a cat"], ["the dog barked", "a dog barks loudly"]]
@@ -120,6 +122,20 @@ def test_meteor_of_one_moved_word_by_hand():
     found = compare("b c a".split(), "a b c".split(), Tables())
     assert (found.matched, found.chunks) == (6, 2)
     assert found.score == pytest.approx(1 - 0.6 * (2 / 3) ** 0.2)
+
+
+def test_meteor_scores_nothing_against_nothing():
+    assert compare([], [], Tables()).score == compare([], ["a"], Tables()).score == 0.0
+
+
+@pytest.mark.parametrize("one, other", [("ionization", "ionizing"), ("irrational", "irrationally")])
+def test_meteor_stems_as_snowball_does(one, other):
+    assert stem(one) == stem(other)
+
+
+def test_meteor_keeps_a_double_s_when_it_looks_for_a_base():
+    found = Tables(synsets={"discus": frozenset("1")})
+    assert not found.meaning("discuss") and found.meaning("discus")
 
 
 def test_meteor_weighs_stems_and_function_words():

@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(FOLDER is None, reason="RANKWISE_SCORES names no folder of outputs"),
 ]
-for package in ("sacrebleu", "nltk", "pycocoevalcap", "anyascii"):
+for package in ("sacrebleu", "nltk", "snowballstemmer", "pycocoevalcap", "anyascii"):
     pytest.importorskip(package)
 
 # The others agree to the printed digit. TER: sacrebleu's edits, not tercom's.

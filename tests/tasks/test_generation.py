@@ -256,7 +256,7 @@ def test_texts_of_another_model_are_generated_anew(task, tmp_path):
 
 def test_figures_of_seen_and_unseen_rows(tmp_path, monkeypatch):
     monkeypatch.setattr("rankwise.metrics.meteor.tables_folder", lambda: None)
-    for package in ("sacrebleu", "nltk", "anyascii"):
+    for package in ("sacrebleu", "snowballstemmer", "anyascii"):
         pytest.importorskip(package)
     rows = [
         {"category": c, "triples": [c], "references": [f"{c} is a known category of things ."]}

@@ -79,7 +79,7 @@ class Tables:
         """WordNet's rules of detachment: an exception, or the first ending that leaves a word."""
         if word in self.irregular:
             return self.irregular[word]
-        if len(word) > 2:
+        if len(word) > 2 and not word.endswith("ss"):
             for ending, instead in _ENDINGS:
                 base = word[: len(word) - len(ending)] + instead
                 if word.endswith(ending) and base in self.synsets:
@@ -107,7 +107,8 @@ def meteor(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Fi
         references: of each hypothesis one or more texts.
 
     Raises:
-        RankwiseError: nltk is missing. DataError: lengths differ, or a row has no reference.
+        RankwiseError: snowballstemmer is missing.
+        DataError: lengths differ, or a row has no reference.
 
     Example:
         >>> meteor(["the cat sat"], [["the cat sat", "a cat"]]).value
@@ -263,15 +264,15 @@ def _phrases(words: Sequence[str]) -> dict[str, list[tuple[int, int]]]:
 
 @cache
 def stem(word: str) -> str:
-    """Snowball's English stem."""
-    return str(_stemmer().stem(word))
+    """Snowball's English stem, as it was when METEOR 1.5 came out."""
+    return str(_stemmer().stemWord(word))
 
 
 @lru_cache(maxsize=1)
 def _stemmer():  # type: ignore[no-untyped-def]
-    with needs("nltk"):
-        from nltk.stem.snowball import SnowballStemmer
-    return SnowballStemmer("english")
+    with needs("snowballstemmer"):
+        import snowballstemmer
+    return snowballstemmer.stemmer("english")
 
 
 def matches(hyp: Sequence[str], ref: Sequence[str], tables: Tables) -> list[Match]:

@@ -129,9 +129,9 @@ _E2E = ("bleu", "nist", "nist_python", "meteor", "rouge_l", "cider")
 _TRIPLES = ("bleu", "bleu_given_references", "meteor", "ter")
 
 SUITES: dict[str, Suite] = {
-    "e2e": Suite(_e2e, _E2E, ("sacrebleu", "nltk", "pycocoevalcap")),
-    "webnlg": Suite(_webnlg, _TRIPLES, ("sacrebleu", "nltk", "anyascii")),
-    "dart": Suite(_dart, _TRIPLES, ("sacrebleu", "nltk")),
+    "e2e": Suite(_e2e, _E2E, ("sacrebleu", "nltk", "snowballstemmer", "pycocoevalcap")),
+    "webnlg": Suite(_webnlg, _TRIPLES, ("sacrebleu", "snowballstemmer", "anyascii")),
+    "dart": Suite(_dart, _TRIPLES, ("sacrebleu", "snowballstemmer")),
 }
 
 
