@@ -523,6 +523,8 @@ def adapter_folder(path: str | Path, *within: str) -> Path:
     for folder in (Path(path), *(Path(path) / name for name in within)):
         if (folder / CONFIG).is_file():
             return folder
+    if not Path(path).is_dir():
+        raise AdapterError(f"there is no folder {path}; give an adapter's folder")
     inside = f", nor in its {' or '.join(within)}/" if within else ""
     raise AdapterError(f"no {CONFIG} in {path}{inside}; give an adapter's folder")
 

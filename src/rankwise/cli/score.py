@@ -55,7 +55,8 @@ def main(argv: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("", task, "signature", box=None)
+    table = Table("", task, box=None)
+    table.add_column("signature", overflow="fold")  # all of it counts
     for figure in figures:
         table.add_row(figure.name, f"{figure.value:.4f}", figure.signature)
     Console(soft_wrap=True).print(table, highlight=False)

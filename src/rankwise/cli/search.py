@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     work = open_workspace(target, output.overwrite_output_dir, resume, settings)
     if method.anew:
         plan, found = choose_stage(method, job, work, resume, base)
-        write_json(work / "search.json", found | {"ranks": plan.ranks})
+        write_json(work / "search.json", found | {"method": method.describe(), "ranks": plan.ranks})
         save_heatmap(plan, work / "ranks.png")
         folder = finish(work, target)
     else:
