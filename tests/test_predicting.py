@@ -26,7 +26,13 @@ def arguments(out, **changes):
 def finished(tiny_bert, tmp_path_factory):
     """A run on 200 rows in memory."""
     out = tmp_path_factory.mktemp("runs") / "first"
-    rankwise.fit("lora", make_rows(200, 0), model=tiny_bert, output_dir=out, args=arguments(out))
+    rows = make_rows(200, 0)
+    fitted = rankwise.fit("lora", rows, model=tiny_bert, output_dir=out, args=arguments(out))
+    value = fitted.result.metrics["accuracy"]
+    first, *rest = str(fitted).splitlines()
+    assert first.startswith(f"LoRA r=8: accuracy {value:.4f} on 20 validation rows, ")
+    assert rest == ["No control was trained: nothing here says whether LoRA r=8 helped."]
+    assert repr(fitted) == f"Fitted({str(out)!r}, 'LoRA r=8')"
     return out
 
 

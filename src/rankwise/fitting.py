@@ -54,7 +54,13 @@ class Fitted:
         return f"Fitted({str(self.folder)!r}, {self.result.name!r})"
 
     def __str__(self) -> str:
-        return "\n".join(filter(None, (choice(self.result), self.result.verdict)))
+        result, (metric, *_) = self.result, self.result.task["metrics"]
+        size = result.lora_parameters or result.trainable_parameters
+        said = (
+            f"{result.name}: {metric} {result.metrics[metric]:.4f} on {result.rows['evaluated']:,} "
+            f"{result.split} rows, {size:,} parameters, in {self.folder}"
+        )
+        return "\n".join(filter(None, (said, choice(result), result.verdict)))
 
     @property
     def model(self) -> nn.Module:

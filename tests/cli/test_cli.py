@@ -13,6 +13,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from conftest import make_rows, write_jsonl
 from rankwise import METHODS, RankPlan, RankwiseError, Result, stages, tasks, workspace
 from rankwise.bilevel import SearchTrainer
 from rankwise.cli import arguments, main, show
@@ -427,6 +428,15 @@ def test_a_control_with_flags_of_its_own(base, tmp_path):
     assert [plan.scaling for plan in plans] == [1.5, 1.5, 1, 1.5]
     assert [plan.ranks for plan in plans] == [control["ranks"] for control in found]
     assert set(plans[1].ranks.values()) == set(plans[2].ranks.values()) == {2}
+
+
+def test_a_control_that_has_too_few_rows_is_found_before_any_training(tiny_bert, tmp_path, capsys):
+    """40 rows of 400 are evaluated; the method holds out 72, the control a fifth of the 288."""
+    rows = str(write_jsonl(tmp_path / "rows.jsonl", make_rows(400, 0)))
+    argv = ["run", "--model_name_or_path", tiny_bert, "--use_cpu", "--method", "cut"]
+    argv += ["--train_file", rows, "--control", "cut", "--output_dir", str(tmp_path / "out")]
+    refused(capsys, argv, "58 held-out rows are too few")
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_a_control_at_a_plan(finished, base, tmp_path):

@@ -401,7 +401,7 @@ def test_the_display_counts_and_says_what_is_left(small):
     console = Console(record=True, width=90, file=StringIO())
     console.print(display(grid))
     assert names[4] in console.export_text()
-    assert clock(59.6) == "1:00 min" and clock(3700) == "1:01 h"
+    assert clock(5) == "5 s" and clock(59.6) == "1:00 min" and clock(3700) == "1:01 h"
 
 
 def test_the_snakefile_names_every_cell_and_what_it_waits_for(command, small, tmp_path):

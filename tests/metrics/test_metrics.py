@@ -293,6 +293,11 @@ def test_what_cannot_be_scored_is_said():
         score("e2e", HYPS, REFS[:1])
     with pytest.raises(DataError, match="row 2 has no list of references"):
         score("e2e", HYPS, [REFS[0], [" "]])
+    for hypotheses in ("abc", [3, "a", "b"]):
+        with pytest.raises(DataError, match="the hypotheses are not a list of texts"):
+            meteor(hypotheses, [["a"], ["b"], ["c"]])
+    with pytest.raises(DataError, match="row 1 has the reference None, which is no text"):
+        meteor(["none"], [[None]])
     with pytest.raises(DataError, match="no scorer 'rouge'; there are e2e, webnlg, dart"):
         score("rouge", HYPS, REFS)
 

@@ -235,6 +235,7 @@ def webnlg_row(triple: str, texts: list[str], category: str = "Airport") -> dict
 def test_hub_webnlg_is_triples_and_texts(monkeypatch):
     test = [
         webnlg_row("a | b | c", []),  # the challenge's test inputs without texts are there too
+        webnlg_row("a | b | c", ["Nothing."]) | {"modified_triple_sets": {"mtriple_set": []}},
         webnlg_row("a | b | c", ["One.", "Two."]),
         webnlg_row("e | f | g", ["Three."], category="Artist"),
         webnlg_row("e | f | g", ["Three."], category="Artist"),  # and its unseen half once more
@@ -255,7 +256,7 @@ def test_hub_webnlg_is_triples_and_texts(monkeypatch):
 
 @pytest.mark.parametrize("as_list", [False, True])
 def test_hub_dart_is_triples_and_texts(as_list, monkeypatch):
-    texts = [{"source": "s", "text": "One."}, {"source": "s", "text": "Two."}]
+    texts = [{"source": "s", "text": text} for text in ("One.", " ", "Two.")]
     said = texts if as_list else {key: [t[key] for t in texts] for key in ("source", "text")}
     rows = Dataset.from_list(
         [{"tripleset": [["a", "B", "c"], ["d", "E", "f"]], "annotations": said}]

@@ -58,8 +58,10 @@ def summary(grid: "Grid") -> str:
 
 
 def clock(seconds: float) -> str:
-    """3700 as `1:01 h`, 70 as `1:10 min`."""
+    """3700 as `1:01 h`, 70 as `1:10 min`, 5 as `5 s`."""
     minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
     if minutes < 60:
         return f"{minutes}:{rest:02d} min"
     return f"{minutes // 60}:{minutes % 60:02d} h"

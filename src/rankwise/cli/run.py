@@ -23,6 +23,8 @@ from rankwise.methods import DEFAULT, METHODS, Method, by_name
 from rankwise.plan import RankPlan
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from rankwise.job import Job
     from rankwise.result import Result
 
@@ -64,9 +66,10 @@ def run(
     from rankwise.stages import run_method
 
     base = check(method, job)
+    rows = replace(job, train=_control_rows(method, job))
     for name, flags in wanted.values():
         try:
-            check(_control(name, flags, method, None), job, base)
+            check(_control(name, flags, method, None), rows, base)
         except PlanError:  # without flags of its own, whether it can be waits for the size
             if flags:
                 raise
@@ -203,11 +206,10 @@ def _train_control(
     """The control's result; None, and a line that says why, where there is none of this size."""
     from rankwise.cli.show import say
     from rankwise.files import write_text
-    from rankwise.job import GENERATIONS, split_rows
+    from rankwise.job import GENERATIONS
     from rankwise.stages import run_method
 
-    # a method that hands over what it trained saw these rows alone, so its controls get no others
-    rows = None if method.anew else split_rows(method, job).train
+    rows = _control_rows(method, job)
     folder = work / "arms" / arm
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -224,6 +226,14 @@ def _train_control(
         kept = work / "controls" / f"{arm}-{GENERATIONS}"
         write_text(kept, (folder / GENERATIONS).read_text(encoding="utf-8"))
     return result
+
+
+def _control_rows(method: Method, job: "Job") -> "Dataset":
+    """The rows that a control is given: a method that hands over what it trained has seen no
+    others than these."""
+    from rankwise.job import split_rows
+
+    return job.train_rows if method.anew else split_rows(method, job).train
 
 
 def show(result: "Result", folder: Path) -> None:

@@ -114,5 +114,7 @@ def _from_json(line: str, path: Path, number: int) -> list[str]:
     if isinstance(found, str):
         found = [found]
     if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-        raise DataError(f'{path}:{number}: no list "references" of texts in it')
+        raise DataError(
+            f'{path}:{number}: "references" is {found!r:.60}; give a text or a list of texts'
+        )
     return found

@@ -46,7 +46,10 @@ def needs(package: str) -> Iterator[None]:
 
 
 def check_pairs(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> None:
-    """Raises DataError: lengths differ, there is nothing to score, or a row has no reference."""
+    """Raises DataError: lengths differ, there is nothing to score, a row has no reference, or what
+    stands there is no text."""
+    if isinstance(hypotheses, str) or not all(isinstance(text, str) for text in hypotheses):
+        raise DataError("the hypotheses are not a list of texts; give one text each")
     if len(hypotheses) != len(references):
         raise DataError(
             f"there are {len(hypotheses)} hypotheses and {len(references)} groups of references; "
@@ -57,3 +60,5 @@ def check_pairs(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) 
     for row, there in enumerate(references, 1):
         if not there or isinstance(there, str):
             raise DataError(f"row {row} has no list of references; give one reference or more")
+        if odd := [text for text in there if not isinstance(text, str)]:
+            raise DataError(f"row {row} has the reference {odd[0]!r}, which is no text")

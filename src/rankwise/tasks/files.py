@@ -85,6 +85,8 @@ def read_file(path: str | Path) -> Rows:
     """
     path = Path(path).expanduser()
     check_path("the file", path, DataError)
+    if path.is_dir():
+        raise DataError(f"{str(path)!r} is a folder; give a file, or the folder as data_dir")
     if not path.is_file():
         raise DataError(f"no file {str(path)!r}; {_neighbours(path)}")
     readers = {

@@ -44,15 +44,15 @@ class KnownTask:
 
 
 def _webnlg(row: Row) -> list[Row]:
-    """A row a text: the test split has inputs twice, and once without texts."""
-    (triples, *_) = _within(row["modified_triple_sets"], "mtriple_set")
+    """A row a text: the test split has inputs up to three times, once of them without texts."""
+    triples = next(iter(_within(row["modified_triple_sets"], "mtriple_set")), ())
     about = {"category": row["category"], "triples": list(triples)}
-    return [about | {"text": text} for text in _within(row["lex"], "text")]
+    return [about | {"text": text} for text in _within(row["lex"], "text") if triples]
 
 
 def _dart(row: Row) -> list[Row]:
     triples = [" | ".join(triple) for triple in row["tripleset"]]
-    texts = list(_within(row["annotations"], "text"))
+    texts = [text for text in _within(row["annotations"], "text") if text.strip()]
     return [{"triples": triples, "text": texts}] if texts else []
 
 
