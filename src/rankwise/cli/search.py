@@ -62,6 +62,7 @@ def summary(plan: "RankPlan", folder: Path) -> str:
     """A plan in a line."""
     ranks = list(plan.ranks.values())
     return (
-        f"ranks {min(ranks)} to {max(ranks)}, mean {sum(ranks) / len(ranks):.2f}, "
+        f"ranks {min(ranks)} to {max(ranks)} on {len(ranks)} modules, "
+        f"mean {sum(ranks) / len(ranks):.2f}, "
         f"{plan.parameters:,} parameters -> {folder / 'plan.json'}"
     )
