@@ -251,8 +251,9 @@ def scores_table(tasks: dict[str, Any], said: str) -> str:
 def paired_table(found: dict[str, Any]) -> str:
     """By data less σ: means over tasks of paired differences, with their intervals."""
     lines = [
-        "By data less σ, paired by task and seed: mean over tasks, and its 95 % interval by a "
-        "bootstrap of tasks and seeds / by t over tasks:",
+        "By data less σ, paired by task and seed; more points and a lower loss are better. Mean "
+        "over tasks, and its 95 % interval by a bootstrap of tasks and seeds / by t over tasks, "
+        "the more careful one:",
         "",
         "| | " + " | ".join(f"1/{size}" for size in SIZES) + " |",
         "| --- |" + " ---: |" * len(SIZES),
@@ -288,7 +289,7 @@ def head_table(found: dict[str, Any]) -> str:
         for size in sizes:
             both = (t[arm][size] for arm in (OURS, HEAD))
             cells.append(" → ".join(f"{100 * m[metric]:.1f} / {m['loss']:.3f}" for m in both))
-        lines.append(f"| {task} | {' | '.join(cells)} | {', '.join(map(str, t['seeds']))} |")
+        lines.append(f"| {task} | {' | '.join(cells)} | {len(t['seeds'])} |")
     return "\n".join(lines)
 
 

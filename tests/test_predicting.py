@@ -26,13 +26,7 @@ def arguments(out, **changes):
 def finished(tiny_bert, tmp_path_factory):
     """A run on 200 rows in memory."""
     out = tmp_path_factory.mktemp("runs") / "first"
-    rows = make_rows(200, 0)
-    fitted = rankwise.fit("lora", rows, model=tiny_bert, output_dir=out, args=arguments(out))
-    value = fitted.result.metrics["accuracy"]
-    first, *rest = str(fitted).splitlines()
-    assert first.startswith(f"LoRA r=8: accuracy {value:.4f} on 20 validation rows, ")
-    assert rest == ["No control was trained: nothing here says whether LoRA r=8 helped."]
-    assert repr(fitted) == f"Fitted({str(out)!r}, 'LoRA r=8')"
+    rankwise.fit("lora", make_rows(200, 0), model=tiny_bert, output_dir=out, args=arguments(out))
     return out
 
 
@@ -56,6 +50,19 @@ model, tokenizer = rankwise.load("runs/first")
     assert names["fitted"].result.metrics["accuracy"] > 0.9
     found = rankwise.predict("runs/first", ["a film lovely great and was", "the plot sad awful"])
     assert [row["label"] for row in found] == ["good", "bad"]
+
+
+def test_what_fit_returns_says_what_it_is(tiny_bert, tmp_path):
+    out = tmp_path / "out"
+    args = arguments(out, max_steps=2)
+    fitted = rankwise.fit("lora", make_rows(200, 0), model=tiny_bert, output_dir=out, args=args)
+    value, size = fitted.result.metrics["accuracy"], fitted.plan.parameters
+    first, *_, last = str(fitted).splitlines()
+    said = f"LoRA r=8: accuracy {value:.4f} on 20 validation rows, {size:,} parameters, in {out}"
+    assert first == said
+    assert last == "No control was trained: nothing here says whether LoRA r=8 helped."
+    assert repr(fitted) == f"Fitted({str(out)!r}, 'LoRA r=8')"
+    assert fitted.model is fitted.model
 
 
 @pytest.mark.parametrize("kind", ["dataset", "named", "frame", "splits", "list"])

@@ -271,10 +271,16 @@ args = TrainingArguments(
     warmup_steps=0.06, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
     ddp_backend="gloo" if "LOCAL_RANK" in os.environ else None,
 )
-fitted = rankwise.fit(
-    "cut", model=model, output_dir=out, args=args, r=4,
-    train_file=train, validation_file=other, test_file=test,
-)
+given = dict(model=model, output_dir=out, args=args, r=4)
+given |= dict(train_file=train, validation_file=other, test_file=test)
+fitted = rankwise.fit("cut", **given)
+again = rankwise.fit("cut", **given, resume_from_checkpoint=True)  # is finished: nothing is trained
+assert again.result.metrics == fitted.result.metrics
+try:
+    rankwise.fit("cut", **given)
+    raise SystemExit("the results were replaced")
+except rankwise.RankwiseError:  # in each process, or the others would wait for this one
+    pass
 size = sum(p.numel() for name, p in fitted.model.named_parameters() if "lora_" in name)
 said = f"{size} of {fitted.plan.parameters}, {fitted.curve.sizes}"
 open(f"{out}-{args.process_index}", "w").write(said)

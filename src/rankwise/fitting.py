@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from functools import cached_property
 from inspect import signature
 from os import PathLike
 from pathlib import Path
@@ -19,7 +20,7 @@ from rankwise.files import release
 from rankwise.given import check_arguments as check_given_arguments
 from rankwise.given import check_count, check_type
 from rankwise.job import Job, Source, check, load_job, recorded, rests_on
-from rankwise.launched import own_folder
+from rankwise.launched import is_first, meet, own_folder
 from rankwise.methods import DEFAULT, Method
 from rankwise.plan import RankPlan
 from rankwise.report.table import choice, verdict
@@ -62,7 +63,7 @@ class Fitted:
         )
         return "\n".join(filter(None, (said, choice(result), result.verdict)))
 
-    @property
+    @cached_property
     def model(self) -> nn.Module:
         return self.method.load(self.job.fresh_model(), self.folder / self.method.product).eval()
 
@@ -117,8 +118,9 @@ def fit(
     _check_options(method, more)
     check_type("model", model, (str, PathLike, Source), "the hub id or folder of a base model")
     check_count("max_length", max_length)
+    if meet() or is_first():  # all processes refuse alike, before any of them has changed anything
+        check_output(output_dir, overwrite_output_dir, resume_from_checkpoint)
     output_dir = own_folder(output_dir, resume_from_checkpoint)
-    check_output(output_dir, overwrite_output_dir, resume_from_checkpoint)
     source = model if isinstance(model, Source) else Source(str(model))
     if args is None:
         args = default_arguments(str(output_dir), method.rate_for(source.config()))

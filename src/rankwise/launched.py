@@ -6,12 +6,11 @@ the others would write goes to a folder of their own that nobody keeps.
 
 import os
 import shutil
+from multiprocessing.util import Finalize
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 
 from rankwise.workspace import beside
-
-_own: list[TemporaryDirectory[str]] = []  # removed when the process ends
 
 
 def is_first() -> bool:
@@ -28,13 +27,33 @@ def processes() -> int:
 def own_folder(output_dir: str | Path, resume: bool) -> str | Path:
     """Where this process writes what the first one writes to `output_dir`; the first's own.
 
-    Where a run is gone on with, it starts as a copy of the first one's, which nobody changes before
-    all processes have met, in the first collective.
+    Where a run is gone on with, it starts as a copy of the first one's. Once torch's process group
+    is there, all processes wait here until that is done, before the first changes anything.
     """
-    if is_first():
-        return output_dir
-    _own.append(TemporaryDirectory())
-    first, own = Path(output_dir).expanduser(), Path(_own[-1].name) / "run"
+    meet()
+    found = output_dir if is_first() else _copy(Path(output_dir).expanduser(), resume)
+    meet()
+    return found
+
+
+def meet() -> bool:
+    """Waits until all processes are here; False where torch's process group is not there yet."""
+    if processes() == 1:
+        return False
+    from torch import distributed
+
+    there = bool(distributed.is_available() and distributed.is_initialized())
+    if there:
+        distributed.barrier()
+    return there
+
+
+def _copy(first: Path, resume: bool) -> Path:
+    """A folder of this process alone, which goes when the process ends."""
+    scratch = mkdtemp()
+    # not TemporaryDirectory: a forked process would remove its parent's, and leave its own
+    Finalize(None, shutil.rmtree, (scratch,), {"ignore_errors": True}, exitpriority=0)
+    own = Path(scratch) / "run"
     if resume:
         for there, here in ((first, own), (beside(first), beside(own))):
             if there.is_dir():

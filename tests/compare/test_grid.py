@@ -149,7 +149,7 @@ def test_what_is_there_is_not_run_again(small, undisturbed):
 
 @pytest.mark.parametrize(
     ("asked", "flag", "given"),
-    [("3", None, 3), ("3", 1, 1), ("4,2", None, 2)],
+    [("1", None, 1), ("3", None, 2), ("3", 1, 1), ("4,2", None, 2)],
 )
 def test_threads_are_the_flags_or_the_environments_or_a_share(
     asked, flag, given, small, tmp_path, monkeypatch

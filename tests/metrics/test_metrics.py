@@ -8,6 +8,7 @@ from rankwise.errors import DataError, RankwiseError
 from rankwise.metrics import score
 from rankwise.metrics.captions import cider, ptb_tokens, rouge_l
 from rankwise.metrics.meteor import (
+    Match,
     Tables,
     align,
     compare,
@@ -154,6 +155,52 @@ def test_meteor_aligns_synonyms_and_paraphrases():
     )
     found = align("they ran close to it".split(), "they raced near it".split(), tables)
     assert [m.module for m in found] == [0, 2, 3, 0]
+
+
+def one_word(*places: tuple[int, int], module: int = 0) -> list[Match]:
+    """Matches of single words, as (place in the reference, place in the hypothesis)."""
+    return [Match(i, 1, j, 1, module) for j, i in places]
+
+
+@pytest.mark.parametrize(
+    ("words", "candidates", "taken"),
+    [
+        # the first occurrence, and not the nearest
+        ((3, 3), one_word((2, 0), (2, 2)), [(0, 2)]),
+        # one word that is alike, not the same, is left out where it is not settled beforehand
+        ((1, 3), one_word((0, 0), (2, 0), module=1), []),
+        ((1, 1), one_word((0, 0), module=1), [(0, 0)]),
+        ((1, 1), one_word((0, 0), module=1) + one_word((0, 0), module=2), []),
+        # unless it joins two chunks
+        (
+            (3, 5),
+            one_word((0, 0), (2, 2)) + one_word((1, 1), (4, 1), module=1),
+            [(0, 0), (1, 1), (2, 2)],
+        ),
+        ((2, 2), one_word((0, 0), (0, 1), (1, 0), (1, 1)), [(0, 0), (1, 1)]),
+        # of a phrase and a word that count alike, the phrase begins earlier
+        ((2, 3), [*one_word((1, 1)), Match(0, 2, 0, 3, 3)], [(0, 0)]),
+        ((1, 3), [*one_word((1, 0)), Match(0, 1, 0, 3, 3)], [(0, 1)]),
+        (
+            (2, 2),
+            [*one_word((0, 0)), *one_word((1, 1), module=2), Match(0, 2, 0, 2, 3)],
+            [(0, 0), (1, 1)],
+        ),
+    ],
+)
+def test_meteor_breaks_ties_as_the_reference_program_does(words, candidates, taken, monkeypatch):
+    """Worked out by hand from a description of its search."""
+    monkeypatch.setattr("rankwise.metrics.meteor.matches", lambda *args: candidates)
+    hyp, ref = ([f"w{n}" for n in range(count)] for count in words)
+    assert [(m.start, m.at) for m in align(hyp, ref, Tables())] == taken
+
+
+def test_meteor_looks_at_the_same_words_alone_where_texts_are_alike():
+    """Else many long paraphrases of the first words would leave no room in the beam for them."""
+    text = [f"w{n}" for n in range(40)]
+    inside = [" ".join(text[n : n + 6]) for n in range(2, 34)]
+    found = compare(text, text, Tables(paraphrases={" ".join(text[:6]): inside * 2}))
+    assert found.score == 1.0
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ class CompareArguments:
     trust_remote_code: bool = flag(False, "run code that the model or data set brings along")
     workers: int = flag(1, "cells at a time; threads and GPUs are shared out among them")
     threads: int | None = flag(
-        None, "threads of a cell; without it OMP_NUM_THREADS, or cores / workers"
+        None, "threads of a cell; without it cores / workers, OMP_NUM_THREADS at most"
     )
     cell: str | None = flag(None, "run this one alone, and what it waits for")
     list: bool = flag(False, "print a command line for each cell that is not there yet")

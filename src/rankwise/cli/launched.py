@@ -28,7 +28,7 @@ def only_the_first_speaks(command: str) -> Iterator[bool]:
 
 def own_output(output: OutputArguments) -> None:
     """Gives processes other than the first a folder of their own to write to."""
-    if output.output_dir is not None and not is_first():
+    if output.output_dir is not None:
         output.output_dir = str(own_folder(output.output_dir, output.resume_from_checkpoint))
 
 

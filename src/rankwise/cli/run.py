@@ -66,10 +66,10 @@ def run(
     from rankwise.stages import run_method
 
     base = check(method, job)
-    rows = replace(job, train=_control_rows(method, job))
+    control_job = replace(job, train=_control_rows(method, job))
     for name, flags in wanted.values():
         try:
-            check(_control(name, flags, method, None), rows, base)
+            check(_control(name, flags, method, None), control_job, base)
         except PlanError:  # without flags of its own, whether it can be waits for the size
             if flags:
                 raise
@@ -229,8 +229,8 @@ def _train_control(
 
 
 def _control_rows(method: Method, job: "Job") -> "Dataset":
-    """The rows that a control is given: a method that hands over what it trained has seen no
-    others than these."""
+    """The rows that a control trains on: for a method that hands over what it trained, those that
+    it trained on itself."""
     from rankwise.job import split_rows
 
     return job.train_rows if method.anew else split_rows(method, job).train

@@ -1,6 +1,7 @@
 """Many cells at once on one machine: a process a cell, threads and GPUs shared out."""
 
 import gc
+import math
 import multiprocessing
 import os
 import re
@@ -89,7 +90,7 @@ def run_grid(
         cells: each after those that it waits for.
         folder: for the results; `logs/` has what each process printed.
         workers: processes at a time.
-        threads: of each; None is OMP_NUM_THREADS, or else the cores are shared out.
+        threads: of each; None shares the cores out, OMP_NUM_THREADS at most to each.
         retry_failed: run cells anew that would fail again, as far as is known.
         show: called with the `Grid` whenever it changed.
 
@@ -195,7 +196,7 @@ def visible_gpus() -> list[str]:
 def _starter(workers: int, threads: int | None, use_cpu: bool) -> Callable[..., Any]:
     """A function that starts a cell in a process of its own, in one of the slots."""
     gpus = [] if use_cpu else visible_gpus()
-    share = threads or _asked_threads() or max(1, (os.cpu_count() or 1) // workers)
+    share = threads or min(_most_threads(), max(1, (os.cpu_count() or 1) // workers))
     context = context_for(gpus)
 
     def start(slot: int, *what: Any) -> Any:
@@ -207,10 +208,10 @@ def _starter(workers: int, threads: int | None, use_cpu: bool) -> Callable[..., 
     return start
 
 
-def _asked_threads() -> int | None:
-    """What OMP_NUM_THREADS asks for; None where it asks for nothing, or for no count."""
+def _most_threads() -> float:
+    """What OMP_NUM_THREADS allows; no limit where it is not set, or is no count."""
     given = os.environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdecimal() and int(given) else None
+    return int(given) if given.isdecimal() and int(given) else math.inf
 
 
 def _work(

@@ -282,16 +282,18 @@ def matches(hyp: Sequence[str], ref: Sequence[str], tables: Tables) -> list[Matc
     `_settled` relies on it.
     """
     found: list[list[Match]] = [[], [], []]
+    alike = list(hyp) == list(ref)  # then the same words are all that is looked at
     for j, b in enumerate(ref):
         for i, a in enumerate(hyp):
             if a == b:
                 found[EXACT].append(Match(i, 1, j, 1, EXACT))
+            if a == b or alike:
                 continue
             if stem(a) == stem(b):
                 found[STEM].append(Match(i, 1, j, 1, STEM))
             if not tables.meaning(a).isdisjoint(tables.meaning(b)):
                 found[SYNONYM].append(Match(i, 1, j, 1, SYNONYM))
-    if tables.paraphrases:
+    if tables.paraphrases and not alike:
         ours, theirs = _phrases(hyp), _phrases(ref)
         # by the place of the side that the table is entered by, then the length of its phrase
         first = sorted(_phrase_matches(theirs, ours, tables), key=lambda pair: pair[0])
@@ -471,22 +473,22 @@ def _share(matched: tuple[float, float], all_words: tuple[float, float]) -> floa
 def compare(hyp: Sequence[str], ref: Sequence[str], tables: Tables) -> Statistics:
     """The statistics of one hypothesis against one reference, both as tokens."""
     found = align(hyp, ref, tables)
-    rare = tables.function_words
+    function_words = tables.function_words
     hyp_matched, ref_matched = [0.0, 0.0], [0.0, 0.0]
     chunks, matched, after = 0, 0, (-1, -1)
     for m in found:
         for word in hyp[m.start : m.start + m.length]:
-            hyp_matched[word in rare] += WEIGHTS[m.module]
+            hyp_matched[word in function_words] += WEIGHTS[m.module]
         for word in ref[m.at : m.at + m.size]:
-            ref_matched[word in rare] += WEIGHTS[m.module]
+            ref_matched[word in function_words] += WEIGHTS[m.module]
         chunks += after != (m.start, m.at)
         after = (m.start + m.length, m.at + m.size)
         matched += m.length + m.size
     if chunks == 1 and matched == len(hyp) + len(ref):
         chunks = 0
     return Statistics(
-        _kinds(hyp, rare),
-        _kinds(ref, rare),
+        _kinds(hyp, function_words),
+        _kinds(ref, function_words),
         (hyp_matched[0], hyp_matched[1]),
         (ref_matched[0], ref_matched[1]),
         matched,

@@ -45,7 +45,12 @@ def read_hub(known: KnownTask, trust_remote_code: bool = False) -> dict[str, Row
         ) from error
     found = zip(SPLITS, known.hub_splits, strict=True)
     read = _plain_rows if known.flat is None else partial(_flat_rows, known.flat)
-    return {split: read(loaded[there]) for split, there in found if there in loaded}
+    rows = {split: read(loaded[there]) for split, there in found if there in loaded}
+    if empty := [split for split, columns in rows.items() if not columns]:
+        raise DataError(
+            f"{name} has no {empty[0]} rows that could be read; give data_dir= a folder"
+        )
+    return rows
 
 
 def folder_files(data_dir: str | Path) -> dict[str, Path]:

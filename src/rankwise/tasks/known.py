@@ -27,8 +27,7 @@ class KnownTask:
         hub_splits: the hub's names for train, validation and test.
         suite: for a generation task, whose scorer judges the texts; see `rankwise.metrics`.
         unseen: categories of its test rows that are not in train.
-        flat: of a row of the hub that has columns within columns, the rows that we know; None
-            where they are the same.
+        flat: turns one nested row of the hub into flat rows; None where rows are flat there.
     """
 
     hub: tuple[str, ...]
@@ -44,7 +43,7 @@ class KnownTask:
 
 
 def _webnlg(row: Row) -> list[Row]:
-    """A row a text: the test split has inputs up to three times, once of them without texts."""
+    """One row for each text; the test split repeats inputs, once of them without texts."""
     triples = next(iter(_within(row["modified_triple_sets"], "mtriple_set")), ())
     about = {"category": row["category"], "triples": list(triples)}
     return [about | {"text": text} for text in _within(row["lex"], "text") if triples]
