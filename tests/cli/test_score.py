@@ -53,9 +53,11 @@ def test_without_json_a_line_a_figure(capsys, folder):
     files = ["--hypotheses", str(folder / "h.txt"), "--references", str(folder / "groups.txt")]
     main(["score", "--task", "dart", *files])
     out = capsys.readouterr().out
-    assert [line.split()[0] for line in out.splitlines()[1:]] == [
+    lines = [line.split() for line in out.splitlines()[1:]]
+    assert [line[0] for line in lines] == [
         *("bleu", "bleu_given_references", "meteor_without_paraphrases", "ter")
     ]
+    assert "|not_comparable:yes" in lines[2][2]  # at the end of a long signature
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,7 @@ def test_without_json_a_line_a_figure(capsys, folder):
         ({"h.txt": ""}, "h.txt has no text in it"),
         ({"groups.txt": None}, "cannot read"),
         ({"groups.txt": '{"references": ["a"]}\n{"a"\n'}, "groups.txt:2: not JSON"),
-        ({"groups.txt": '{"refs": ["a"]}\n'}, 'groups.txt:1: no list "references"'),
+        ({"groups.txt": '{"refs": ["a"]}\n'}, 'groups.txt:1: "references" is None; give a text'),
         ({"groups.txt": '{"references": ["a"]}\n{"references": []}\n'}, "input 2 has no reference"),
     ],
 )

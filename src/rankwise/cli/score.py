@@ -56,10 +56,12 @@ def main(argv: Sequence[str]) -> None:
     from rich.table import Table
 
     table = Table("", task, box=None)
-    table.add_column("signature", overflow="fold")  # all of it counts
+    table.add_column("signature", no_wrap=True)
     for figure in figures:
         table.add_row(figure.name, f"{figure.value:.4f}", figure.signature)
-    Console(soft_wrap=True).print(table, highlight=False)
+    # one line a figure, its signature whole, however narrow the terminal
+    width = max(len(figure.name) + len(figure.signature) for figure in figures) + 20
+    Console(width=max(width, Console().width), soft_wrap=True).print(table, highlight=False)
 
 
 def read_lines(path: Path) -> list[str]:
