@@ -115,10 +115,11 @@ def meteor(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Fi
         1.0
     """
     check_pairs(hypotheses, references)
-    hyps = [tokenize(text) for text in hypotheses]
-    # dict.fromkeys: the same reference twice need not be aligned twice
-    refs = [list(dict.fromkeys(tuple(tokenize(r)) for r in rows)) for rows in references]
     folder = tables_folder()
+    lists = abbreviations(folder)
+    hyps = [tokenize(text, lists) for text in hypotheses]
+    # dict.fromkeys: the same reference twice need not be aligned twice
+    refs = [list(dict.fromkeys(tuple(tokenize(r, lists)) for r in rows)) for rows in references]
     tables = Tables()
     if folder is not None:
         tables = read_tables(folder, [*hyps, *(ref for rows in refs for ref in rows)])
@@ -162,13 +163,21 @@ _RULES = [
 _LETTER = re.compile(f"[{_LETTERS}]")
 
 
-def tokenize(text: str) -> list[str]:
-    """Lower-case tokens with punctuation apart and unified, hyphenated words in their parts."""
+Abbreviations = tuple[frozenset[str], frozenset[str]]
+
+
+def tokenize(text: str, lists: Abbreviations | None = None) -> list[str]:
+    """Lower-case tokens with punctuation apart and unified, hyphenated words in their parts.
+
+    Args:
+        text: of one hypothesis or reference.
+        lists: see `abbreviations`; None looks for them, which takes longer than the rest.
+    """
     text = f" {text} "
     for pattern, instead in _RULES:
         text = pattern.sub(instead, text)
     words = re.split(r"[ \t\n\r\f]+", text)
-    lists = abbreviations(tables_folder())
+    lists = abbreviations(tables_folder()) if lists is None else lists
     pairs = zip(words, [*words[1:], ""], strict=True)
     joined = " ".join(part for word, after in pairs for part in _stop(word, after, *lists))
     apart = re.split("[ \u00a0\u2000-\u200a\u202f\u205f\u3000]+", joined.replace(_ELLIPSIS, "."))
@@ -193,7 +202,7 @@ def _stop(word: str, after: str, always: Set[str], before_number: Set[str]) -> t
 
 
 @cache
-def abbreviations(folder: Path | None) -> tuple[frozenset[str], frozenset[str]]:
+def abbreviations(folder: Path | None) -> Abbreviations:
     """Words whose full stop ends no sentence, and those where none does before a number."""
     if folder is None:
         return frozenset(), frozenset()
