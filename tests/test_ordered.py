@@ -88,6 +88,24 @@ def made(request, tmp_path_factory):
     return case, model, ordered, folder
 
 
+def test_an_order_shows_the_rows_of_each_look_and_can_be_silent(capfd):
+    case = CASES[0]
+    ordered = rankwise.order(adapted(case), batches(case.of), ladder=(1 / 2,))
+    shown = capfd.readouterr().err
+    for look in range(1, ordered.order.provenance["looks"] + 1):
+        assert f"order, look {look}: " in shown
+    assert "32/32" in shown
+    rankwise.order(adapted(case), batches(case.of), ladder=(1 / 2,), bar=False)
+    assert capfd.readouterr().err == ""
+
+
+def test_who_wants_to_be_told_the_rows_gets_no_bar(capfd):
+    case, told = CASES[0], []
+    rankwise.order(adapted(case), batches(case.of), ladder=(), progress=told.append)
+    assert told == [8, 16, 24, 32]
+    assert capfd.readouterr().err == ""
+
+
 def silenced(ordered: Ordered, **size: Any) -> dict[str, Factors]:
     """All pieces at their places; those outside the cut times 0, the others times their gate."""
     order = ordered.order

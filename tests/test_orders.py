@@ -3,6 +3,7 @@ oracle in float64; the orders from factors; cuts, nesting, files, errors."""
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -345,14 +346,110 @@ def test_outputs_that_were_kept_save_a_pass_and_change_nothing(name, monkeypatch
     model, passes = lora(name), []
     model.register_forward_pre_hook(lambda *args: passes.append(1))
     data = batches(name)
-    kept = by_data(model, data, ladder=(1 / 2, 1 / 4))
+    kept = by_data(model, data, ladder=(1 / 2, 1 / 4), trust=math.inf)
     few = len(passes)
     monkeypatch.setattr(curvature, "KEPT", 0)
-    anew = by_data(model, data, ladder=(1 / 2, 1 / 4))
+    anew = by_data(model, data, ladder=(1 / 2, 1 / 4), trust=math.inf)
     assert (few, len(passes) - few) == (3 * len(data), 5 * len(data))
     assert kept.sequence == anew.sequence
     for count, gates in kept.gates.items():
         torch.testing.assert_close(gates, anew.gates[count], rtol=1e-4, atol=1e-6)
+
+
+class Looks:
+    """The looks of an order: the pieces that each saw, how far they were and how far they might
+    be; the distance is times a factor of ours."""
+
+    def __init__(self, monkeypatch, farther: Callable[[int], float]):
+        self.counts: list[int] = []
+        self.distances: list[float] = []
+        self.bounds: list[float] = []
+        real = surgeon._look
+
+        def look(model, batches, now, whole, **how):
+            found = real(model, batches, now, whole, **how | {"most": math.inf})
+            found = replace(found, distance=found.distance * farther(len(self.counts)))
+            self.counts.append(sum(f.rank if f else 0 for f in now.values()))
+            self.distances.append(found.distance)
+            self.bounds.append(how["most"])
+            return found
+
+        monkeypatch.setattr(surgeon, "_look", look)
+
+
+def test_a_step_that_moved_the_outputs_too_far_goes_half_as_far(monkeypatch):
+    """As if the size where it then ends had been a size of the ladder."""
+    model, data = lora(size=0.1), batches()
+    looks = Looks(monkeypatch, lambda n: math.inf if n == 1 else 0.0)
+    undone = by_data(model, data, ladder=(1 / 2, 1 / 8))
+    first, far, shorter, _ = looks.counts
+    assert shorter == round((first * far) ** 0.5)
+    assert undone.provenance["looks"] == 5
+
+    kept = undone.sequence[:shorter]
+    share = sum(undone.pieces[name].cost for name, _ in kept) / undone.parameters
+    known = by_data(model, data, ladder=(1 / 2, share, 1 / 8), trust=math.inf)
+    assert known.sequence == undone.sequence
+    assert known.gates.keys() == undone.gates.keys()
+    for count, gates in known.gates.items():
+        torch.testing.assert_close(undone.gates[count], gates, rtol=1e-6, atol=1e-8)
+
+
+def test_two_steps_are_undone_at_most_on_the_way_to_a_size(monkeypatch):
+    model, data = lora(size=0.1), batches()
+    looks = Looks(monkeypatch, lambda n: math.inf)  # however short the step, it was too long
+    order = by_data(model, data, ladder=(1 / 2, 1 / 8))
+    assert order.provenance["looks"] == 1 + len(looks.counts) == 9
+    assert looks.counts[0] < looks.counts[1] < looks.counts[2]  # two are undone
+    assert looks.counts[3] <= looks.counts[0]  # what is left of the way is gone at once
+    assert sorted(order.sequence) == sorted(orders.all_pieces(order.pieces))
+
+
+def test_no_step_is_undone_where_that_is_not_wanted(monkeypatch, tmp_path):
+    looks = Looks(monkeypatch, lambda n: 1e300)
+    order = by_data(lora(size=0.1), batches(), ladder=(1 / 2, 1 / 4), trust=math.inf)
+    assert len(looks.counts) == 2
+    order.save(tmp_path)
+    assert Order.load(tmp_path).provenance["trust"] is None
+
+
+def test_what_costs_hardly_anything_is_not_undone(monkeypatch):
+    """An adapter that does next to nothing: no cut is 5 % of the loss away."""
+    looks = Looks(monkeypatch, lambda n: 10.0)
+    by_data(lora(size=1e-6), batches(), ladder=(1 / 2, 1 / 4), trust=1.0)
+    assert len(looks.counts) == 2
+
+
+def test_a_pass_ends_as_soon_as_the_outputs_are_known_to_be_too_far():
+    model, data = lora(), batches()
+    whole = read(model)
+    write(model, {n: replace(f, b=f.b / 2) for n, f in whole.items()})
+    every = collect(model, data, reference=whole)
+    few = collect(model, data, reference=whole, most=every.distance / 2)
+    assert few.rows < every.rows == 40
+    assert every.distance / 2 < few.distance < every.distance
+    assert few.distance == pytest.approx(float((every.residuals[: len(few.residuals)] ** 2).sum()))
+    assert collect(model, data, reference=whole, most=every.distance).rows == 40
+
+
+def test_a_linear_model_is_just_as_far_as_was_foreseen(monkeypatch):
+    """There the quadratic model is exact, so that the bound at a trust of 1 is the distance."""
+    model, data = linear_case()
+    looks = Looks(monkeypatch, lambda n: 1.0)
+    by_data(model, data, ladder=(1 / 2,), trust=1 + 1e-9, kind="regression")
+    assert len(looks.counts) == 1
+    assert looks.distances == pytest.approx(looks.bounds, rel=1e-6)
+    assert looks.distances[0] > 0
+
+
+@pytest.mark.parametrize("name", ["bert-tagging", "llama-lm"])
+def test_drawn_signs_are_measured_by_those_that_foresaw_the_step(name, monkeypatch):
+    """A step so short that the model is as good as linear: by other signs it seemed too far."""
+    monkeypatch.setattr(surgeon, "SLIGHT", 0.0)
+    looks = Looks(monkeypatch, lambda n: 1.0)
+    by_data(lora(name, size=0.02), batches(name), ladder=(0.9,), trust=1.5)
+    assert len(looks.counts) == 1
+    assert 1.5 * looks.distances[0] == pytest.approx(looks.bounds[0], rel=0.05)
 
 
 def test_refit_finds_the_gates_of_a_linear_model():

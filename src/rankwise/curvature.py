@@ -7,6 +7,7 @@ size of the model. The scalars are the columns of a square root of the Gauss-New
 their derivatives sum to the curvature of the loss; no label takes part in that.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from rankwise.adapter import Factors
 from rankwise.errors import DataError, DivergedError, ModelError
 from rankwise.fourbit import keep_gradients
 from rankwise.lora import ADAPTER, b_slot, factors, layers_of
-from rankwise.sharded import put, whole
+from rankwise.sharded import agreed, put, whole
 
 Kind = Literal["regression", "classification", "multi-label", "tokens", "causal"]
 Batch = Mapping[str, Any]
@@ -49,6 +50,7 @@ class Statistics:
         inputs: by module, Q = Σ h hᵀ over rows and tokens that are not padding, (r, r), float64.
         residuals: each scalar here minus in the reference model, (scalars,); 0 without one. The
             sum of their squares is about twice the divergence of the two models.
+        distance: that sum of squares, by the signs that `collect` was told to measure it by.
         rows: how many were seen.
         count: what the mean loss is a mean over: rows, or tokens with a label.
         loss: sum of the loss from the labels.
@@ -59,6 +61,7 @@ class Statistics:
     gradients: dict[str, Tensor]
     inputs: dict[str, Tensor]
     residuals: Tensor
+    distance: float
     rows: int
     count: int
     loss: float
@@ -73,6 +76,7 @@ class Statistics:
             both(self.gradients, other.gradients, torch.add),
             both(self.inputs, other.inputs, torch.add),
             torch.cat([self.residuals, other.residuals]),
+            self.distance + other.distance,
             self.rows + other.rows,
             self.count + other.count,
             self.loss + other.loss,
@@ -87,8 +91,10 @@ def collect(
     kind: Kind | None = None,
     reference: Mapping[str, Factors] | None = None,
     outputs: Sequence[Tensor | None] = (),
+    most: float = math.inf,
     draws: int = 2,
     seed: int = 0,
+    measured_by: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Statistics:
     """One forward and a few backward passes over held-out rows, in eval mode, nothing trained.
@@ -104,8 +110,10 @@ def collect(
             then recorded.
         outputs: the reference's, by batch, where an earlier pass over the same batches kept them;
             saves a forward pass.
+        most: stops as soon as the distance is more; the sums are then over the rows so far.
         draws: backward passes where signs are drawn.
         seed: of the signs.
+        measured_by: seed of the signs that the distance is measured by; None is `seed`.
         progress: called with the number of rows after each batch.
 
     Raises:
@@ -121,6 +129,7 @@ def collect(
     keep_gradients(model)
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
+    ruler = torch.Generator().manual_seed(seed if measured_by is None else measured_by)
     total: Statistics | None = None
     training = model.training
     model.eval()
@@ -140,10 +149,12 @@ def collect(
                 with torch.no_grad():
                     there = model(**_without_labels(moved)).logits
                 write(model, mine)
-            found = _of_batch(model, moved, kind, there, draws, generator)
+            found = _of_batch(model, moved, kind, there, draws, generator, ruler)
             total = found if total is None else total + found
             if progress is not None:
                 progress(total.rows)
+            if most < math.inf and agreed(model, total.distance > most):
+                break
     finally:
         write(model, mine)
         model.train(training)
@@ -168,6 +179,7 @@ def _of_batch(
     there: Tensor | None,
     draws: int,
     generator: torch.Generator,
+    ruler: torch.Generator,
 ) -> Statistics:
     labels, mask = batch["labels"], batch.get("attention_mask")
     rows = len(labels)
@@ -207,13 +219,17 @@ def _of_batch(
             c = torch.einsum("bti,btj->bij", d, h).cpu()
             products[name] = products[name].to(c.dtype)
             products[name][column] += c
-    residuals = torch.zeros(len(columns), rows)
+    residuals, distance = torch.zeros(len(columns), rows), 0.0
     if there is not None:
         gap = _precise(logits.detach()) - _precise(there)
         residuals = torch.stack([(c * gap).flatten(1).sum(1) for c in columns]).cpu()
+        by = roots(kind, at, labels, draws, ruler)
+        distance = sum(float(((c * gap).flatten(1).sum(1).double() ** 2).sum()) for c in by)
     flat = {name: c.flatten(0, 1) for name, c in products.items()}
     kept = whole.detach().cpu() if whole.numel() <= KEPT else None
-    return Statistics(flat, gradients, inputs, residuals.flatten(), rows, count, loss, (kept,))
+    return Statistics(
+        flat, gradients, inputs, residuals.flatten(), distance, rows, count, loss, (kept,)
+    )
 
 
 def _precise(x: Tensor) -> Tensor:

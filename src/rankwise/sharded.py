@@ -93,6 +93,18 @@ def put(target: Tensor, value: Tensor) -> None:
     target.copy_(value)
 
 
+def agreed(model: nn.Module, answer: Any) -> Any:
+    """The first process's answer, where a model is sharded.
+
+    All processes have to run the same passes then, and rounding may give them different answers.
+    """
+    if not is_sharded(model):
+        return answer
+    told = [answer]
+    torch.distributed.broadcast_object_list(told, src=0)
+    return told[0]
+
+
 def gathered(model: Any) -> dict[str, Any]:
     """What a PEFT model's `save_pretrained` needs to write what is trained, where it is sharded."""
     if not is_sharded(model):

@@ -7,10 +7,12 @@ is taken up by the gates of what stays (`removal`). docs/cut.md has the derivati
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,7 @@ from torch import Tensor
 from rankwise.adapter import Adapter, Factors
 from rankwise.errors import AdapterError, DataError
 from rankwise.given import check_type, fits, shown
-from rankwise.orders import Order, Ordered, all_pieces, gated, padded, shaped_like
+from rankwise.orders import Order, Ordered, Piece, all_pieces, gated, padded, shaped_like
 
 # `curvature` needs PEFT and transformers: it is imported where a model is looked at.
 if TYPE_CHECKING:
@@ -52,12 +54,22 @@ STEP = 4.0
 
 LADDER = (1 / 4, 1 / 16, 1 / 64)
 
+TRUST = 2.0
+"""How many times the divergence that was foreseen there may be, before a step is undone."""
+
+SLIGHT = 0.05
+"""A cut whose outputs are within this share of the loss of the whole adapter's is let be."""
+
+UNDONE = 2
+"""At most so many steps are undone on the way to each size of the ladder."""
+
 
 def by_data(
     model: Any,
     batches: Iterable[Batch],
     *,
     ladder: Sequence[float] = LADDER,
+    trust: float = TRUST,
     ridge: float = 0.1,
     kind: Kind | None = None,
     seed: int = 0,
@@ -72,8 +84,10 @@ def by_data(
 
     Removing most pieces is no small step, so the model is looked at again at each size of the
     ladder, with the gates that it has by then: the gates are set right for what has really become
-    of the outputs, and what goes next is chosen by what is seen there. The aim is the outputs of
-    the whole adapter; labels only say which tokens count.
+    of the outputs, and what goes next is chosen by what is seen there. Where their divergence from
+    the whole adapter's is much larger than was foreseen, the step was too long for a quadratic
+    model: it is undone, and goes half as far, by the logarithm of the number of pieces. The aim is
+    the outputs of the whole adapter; labels say which tokens count and how large the loss is.
 
     The whole is one order, and the pieces of all its cuts are nested; their gates are not, each
     size has its own.
@@ -83,9 +97,14 @@ def by_data(
         batches: dicts of tensors with `labels`; rows that the adapter was not trained on.
         ladder: sizes, as shares of all parameters, at which to look again: a forward pass of the
             whole adapter and a forward and backward pass of the cut, each.
+        trust: how many times the divergence that was foreseen there may be, >= 1; `math.inf` undoes
+            no step. A cut within 5 % of the loss of the whole adapter is let be, and on the way to
+            each size of the ladder two steps are undone at most; below the last none is checked.
         ridge: how far the gates are held to where they are, > 0, in units of a piece's mean
             curvature. Large values leave them at 1: brain damage, not surgery.
-        kind, seed, progress: see `curvature.collect`.
+        kind, seed: see `curvature.collect`.
+        progress: called with the number of rows that a look has seen, after each batch; each look
+            counts anew, and one that is undone may end early.
 
     Raises:
         ModelError, DataError, DivergedError: see `curvature.collect`; DataError too for fewer than
@@ -97,48 +116,151 @@ def by_data(
     """
     from rankwise.curvature import collect, read
 
-    if not fits(ridge, float) or not ridge > 0:
-        raise AdapterError(f"ridge is {shown(ridge)}; it has to be a number above 0")
-    if not fits(ladder, tuple[float, ...]):
-        raise AdapterError(f"ladder is {shown(ladder)}; it has to be a list of shares below 1")
+    _check(ladder, trust, ridge)
     batches, first = _enough(batches), read(model)
     seen = collect(model, batches, kind=kind, seed=seed, progress=progress)
-    outputs = seen.outputs
+    rows, count, outputs = seen.rows, seen.count, seen.outputs
+    slight = 2 * SLIGHT * seen.loss  # the squares of residuals are twice the divergence
     pieces, j = quadratic(first, seen)
-    listed = all_pieces(pieces)
-    costs = [pieces[name].cost for name, _ in listed]
-    alive, gone = list(range(len(listed))), []
-    gates = torch.ones(len(listed), dtype=torch.float64)
-    fitted: dict[int, Tensor] = {}
-    wanted, left = _stored(len(listed)), sum(costs)
-    sizes = sorted((share for share in ladder if 0 < share < 1), reverse=True)
-    for n, limit in enumerate([share * sum(costs) + 1e-6 for share in sizes] + [0.0]):
-        if not alive:  # of a small adapter the last sizes of the ladder hold no piece
-            break
-        if n:
-            kept = [listed[i] for i in alive]
-            now = gated(pieces, kept, gates[alive])
-            how = {"kind": kind, "seed": seed + n, "progress": progress, "outputs": outputs}
-            seen = _look(model, batches, now, first, **how)
-            j = gate_columns([name for name, _ in kept], seen)
-        here, before = list(alive), gates[alive]
-        for out, factor in removal(j, _moved(seen), [costs[i] for i in here], ridge):
-            if out is not None:
-                gone.append(here[out])
-                alive.remove(here[out])
-                left -= costs[here[out]]
-            gates = torch.zeros_like(gates)
-            gates[here] = before * factor.clamp(0, STEP)
-            if alive and (out is None or len(alive) in wanted):
-                fitted[len(alive)] = gates
-            if left <= limit:
+    left = _Left(all_pieces(pieces), torch.ones(j.shape[1]).double(), j, _moved(seen), seed)
+    cost = {piece: pieces[piece[0]].cost for piece in left.pieces}
+    shares = sorted((float(share) for share in ladder if 0 < share < 1), reverse=True)
+    limits = [share * sum(cost.values()) + 1e-6 for share in shares]
+    seeds = itertools.count(seed + 1)
+
+    def look(left: _Left, step: _Step, may_undo: bool) -> tuple[_Left, bool]:
+        bound = max(trust * step.foreseen * count, slight) if may_undo else math.inf
+        drawn, now = next(seeds), gated(pieces, step.kept, step.gates)
+        ruler = {"measured_by": left.seed, "most": bound, "outputs": outputs}
+        how = {"kind": kind, "seed": drawn, "progress": progress}
+        seen = _look(model, batches, now, first, **how, **ruler)
+        j, moved = gate_columns(step.kept, seen), _moved(seen)
+        return _Left(step.kept, step.gates, j, moved, drawn), seen.distance > bound
+
+    order: list[Piece] = []
+    fitted: dict[int, dict[Piece, float]] = {}
+    for limit in [*limits, 0.0]:
+        steps, left = _stretch(model, left, cost, ridge, limit, look)
+        for step in steps:
+            order = step.gone[::-1] + order
+            fitted |= step.fitted
+    about = {"rows": rows, "ladder": shares, "ridge": float(ridge), "seed": seed}
+    about["trust"] = float(trust) if math.isfinite(trust) else None  # JSON has no infinity
+    about["looks"] = next(seeds) - seed
+    gates = {
+        n: torch.tensor([by_piece[piece] for piece in order[:n]], dtype=torch.float64)
+        for n, by_piece in fitted.items()
+    }
+    return Order(pieces, tuple(order), {"order": "data"} | about, gates)
+
+
+def _stretch(
+    model: Any,
+    left: _Left,
+    cost: Mapping[Piece, int],
+    ridge: float,
+    limit: float,
+    look: Callable[[_Left, _Step, bool], tuple[_Left, bool]],
+) -> tuple[list[_Step], _Left]:
+    """The steps to at most `limit` parameters, and what is left then.
+
+    Args:
+        look: at what a step leaves, for what is left then and whether that is too far; with False,
+            it never is.
+    """
+    from rankwise.sharded import agreed
+
+    steps: list[_Step] = []
+    undone = 0
+    while sum(cost[piece] for piece in left.pieces) > limit:
+        step = agreed(model, _step(left, cost, ridge, limit=limit))
+        after, too_far = replace(left, pieces=[]), False
+        while step.kept:
+            after, too_far = look(left, step, undone < UNDONE and len(step.gone) > 1)
+            if not agreed(model, too_far):
                 break
-    order = gone[::-1]
-    return Order(
-        pieces,
-        tuple(listed[i] for i in order),
-        {"order": "data", "rows": seen.rows, "ladder": sizes, "ridge": ridge, "seed": seed},
-        {count: g[order[:count]] for count, g in fitted.items()},
+            undone += 1
+            halfway = round((len(left.pieces) * len(step.kept)) ** 0.5)
+            until = max(halfway, len(step.kept) + 1)
+            step = agreed(model, _step(left, cost, ridge, until=until))
+        steps.append(step)
+        left = after
+    return steps, left
+
+
+def _check(ladder: Any, trust: Any, ridge: Any) -> None:
+    if not fits(ladder, tuple[float, ...]):
+        raise AdapterError(f"ladder is {shown(ladder)}; it has to be a list of shares below 1")
+    if not fits(trust, float) or not trust >= 1:
+        raise AdapterError(f"trust is {shown(trust)}; it has to be a number, at least 1")
+    if not fits(ridge, float) or not ridge > 0:
+        raise AdapterError(f"ridge is {shown(ridge)}; it has to be a number above 0")
+
+
+@dataclass(frozen=True)
+class _Left:
+    """The pieces that are left and what a look at them has said.
+
+    Attributes:
+        pieces, gates: what they are, and by how much each is multiplied.
+        j: derivatives by factors on the gates, (scalars, pieces), over √count.
+        moved: how far the scalars are from those of the whole adapter, (scalars,), over √count.
+        seed: of the signs that the scalars were drawn with.
+    """
+
+    pieces: list[Piece]
+    gates: Tensor
+    j: Tensor
+    moved: Tensor
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What one look takes away.
+
+    Attributes:
+        gone: the least useful first.
+        kept, gates: what is left then, and its gates.
+        fitted: gates of what was left on the way, by its number.
+        foreseen: the squares of how far the scalars will be from those of the whole adapter,
+            summed, over count.
+    """
+
+    gone: list[Piece]
+    kept: list[Piece]
+    gates: Tensor
+    fitted: dict[int, dict[Piece, float]]
+    foreseen: float
+
+
+def _step(
+    left: _Left, cost: Mapping[Piece, int], ridge: float, *, limit: float = 0.0, until: int = 0
+) -> _Step:
+    """Takes pieces away until they have at most `limit` parameters, or are no more than `until`.
+
+    A shorter step is the beginning of a longer one.
+    """
+    costs = [cost[piece] for piece in left.pieces]
+    size, gone, kept = sum(costs), [], dict.fromkeys(range(len(costs)))
+    stored, fitted = _stored(len(costs)), {}
+    for out, factor in removal(left.j, left.moved, costs, ridge):
+        if out is not None:
+            gone.append(out)
+            del kept[out]
+            size -= costs[out]
+        factor = factor.clamp(0, STEP)
+        gates = left.gates * factor
+        if kept and len(kept) in stored:
+            fitted[len(kept)] = {left.pieces[i]: float(gates[i]) for i in kept}
+        if size <= limit or len(kept) <= until:
+            break
+    return _Step(
+        [left.pieces[i] for i in gone],
+        [left.pieces[i] for i in kept],
+        gates[list(kept)],
+        fitted,
+        float(((left.moved + left.j @ (factor - 1)) ** 2).sum()),
     )
 
 
@@ -179,7 +301,7 @@ def cut_in_rounds(
 
     Args:
         budget: parameters in all.
-        rounds: cuts, >= 1; there is one look more.
+        rounds: cuts, >= 1; there is at least one look more.
 
     Raises:
         AdapterError: a budget that is no cut. Else as `by_data`.
@@ -221,23 +343,24 @@ def refit(
         As `by_data`; AdapterError for a budget that holds no piece, or an order of another model.
     """
     from rankwise.curvature import read
+    from rankwise.sharded import agreed
 
     batches, first = _enough(batches), read(model)
     if {n: f.scaling for n, f in first.items()} != {n: f.scaling for n, f in order.pieces.items()}:
         raise AdapterError("the order has other modules or scalings than the model; order it anew")
     fitted = dict(order.gates)
     for kept in [order.kept(budget) for budget in budgets]:
-        names, gates = [name for name, _ in kept], order.gates_of(len(kept))
-        costs = [order.pieces[name].cost for name in names]
+        gates = order.gates_of(len(kept))
+        costs = [order.pieces[name].cost for name, _ in kept]
         least = math.inf
         for n in range(passes + 1):
             now = gated(order.pieces, kept, gates)
-            seen = _look(model, batches, now, first, kind=kind, seed=seed)
-            if (away := float((seen.residuals**2).sum())) >= least:
+            seen = _look(model, batches, now, first, kind=kind, seed=seed, most=least)
+            if agreed(model, seen.distance >= least):
                 break
-            least, fitted[len(kept)] = away, gates
+            least, fitted[len(kept)] = seen.distance, gates
             if n < passes:
-                j = gate_columns(names, seen)
+                j = gate_columns(kept, seen)
                 _, factor = next(removal(j, _moved(seen), costs, ridge))
                 gates = gates * factor.clamp(0, STEP)
     return replace(order, gates=fitted)
@@ -256,11 +379,11 @@ def quadratic(
     return pieces, torch.cat(columns, 1) / statistics.count**0.5
 
 
-def gate_columns(names: Sequence[str], statistics: Statistics) -> Tensor:
+def gate_columns(pieces: Iterable[Piece], statistics: Statistics) -> Tensor:
     """J / √count of pieces that lie in the model as they are, each the next one of its module."""
     seen: Counter[str] = Counter()
     columns = []
-    for name in names:
+    for name, _ in pieces:
         i = seen[name]
         columns.append(statistics.products[name][:, i, i].double())
         seen[name] += 1
@@ -369,8 +492,7 @@ def _enough(batches: Iterable[Batch]) -> list[Batch]:
                 "order takes batches of tensors, as the model takes them, and these are single "
                 "rows; give DataLoader(rows, batch_size=16, collate_fn=...)"
             )
-    tensors = [next(v for v in batch.values() if isinstance(v, Tensor)) for batch in found]
-    rows = sum(map(len, tensors))
+    rows = sum(map(_rows, found))
     if rows < LEAST_ROWS:
         raise DataError(
             f"{rows} rows are too few to order by: at least {LEAST_ROWS} are needed, and a few "
@@ -379,11 +501,17 @@ def _enough(batches: Iterable[Batch]) -> list[Batch]:
     return found
 
 
+def _rows(batch: Batch) -> int:
+    return len(next(v for v in batch.values() if isinstance(v, Tensor)))
+
+
 def _double(x: Tensor) -> Tensor:
     return x.flatten(1).double().cpu()
 
 
-def order(model: Any, batches: Iterable[Batch] | None = None, **how: Any) -> Ordered:
+def order(
+    model: Any, batches: Iterable[Batch] | None = None, *, bar: bool = True, **how: Any
+) -> Ordered:
     """Orders the pieces of a trained PEFT LoRA adapter by what held-out rows say.
 
     For an adapter of any trainer: the model is as before afterwards.
@@ -392,6 +520,7 @@ def order(model: Any, batches: Iterable[Batch] | None = None, **how: Any) -> Ord
         model: PEFT model with a LoRA adapter, or the Trainer that trained one (TRL's too).
         batches: held-out rows with labels as the model takes them, for example a DataLoader; some
             hundred rows, none that the adapter was trained on. None takes the trainer's own.
+        bar: shows the rows of each look, unless transformers' progress bars are off.
         **how: see `by_data`.
 
     Raises:
@@ -415,4 +544,29 @@ def order(model: Any, batches: Iterable[Batch] | None = None, **how: Any) -> Ord
     read(model)  # refuses what has no pieces to order, before anything is written
     if batches is None:
         raise DataError("there are no rows to order by; give batches, or the Trainer")
-    return Ordered(Adapter.of(model), by_data(model, batches, **how))
+    batches = _enough(batches)
+    with _bar(batches, show=bar and "progress" not in how) as tell:
+        return Ordered(Adapter.of(model), by_data(model, batches, **{"progress": tell} | how))
+
+
+@contextmanager
+def _bar(batches: Sequence[Batch], show: bool) -> Iterator[Callable[[int], None] | None]:
+    """A bar over the rows, started anew at each look; what `by_data` calls after each batch."""
+    from transformers.utils.logging import tqdm
+
+    if not show:
+        yield None
+        return
+    looks, before = 0, 0
+    with tqdm(total=sum(map(_rows, batches)), unit=" rows") as bar:
+
+        def tell(seen: int) -> None:
+            nonlocal looks, before
+            if not looks or seen <= before:
+                looks, before = looks + 1, 0
+                bar.reset()
+                bar.set_description(f"order, look {looks}")
+            bar.update(seen - before)
+            before = seen
+
+        yield tell

@@ -157,6 +157,10 @@ def searches() -> list[Case]:
             _lora("rankwise.order(m, [tokens()], ladder='x')"),
             "ladder",
         ),
+        "order: a trust below 1": (
+            _lora("rankwise.order(m, [tokens()], trust=0.5)"),
+            "trust is 0.5",
+        ),
         "order: an option that nobody has": (
             _lora("rankwise.order(m, [tokens()], rigde=1)"),
             "rigde",

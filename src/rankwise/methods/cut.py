@@ -118,6 +118,8 @@ class CutByData(LoraMethod):
         return hold_out(setting.held_out, count - order, setting.args.seed)
 
     def keep(self, trainer: Any, plan: "RankPlan | None", setting: Setting) -> Kept:
+        from accelerate.utils import broadcast_object_list
+
         from rankwise.batches import batches_of
         from rankwise.choose import default_margin, smallest_as_good
         from rankwise.surgeon import order
@@ -125,7 +127,10 @@ class CutByData(LoraMethod):
         assert plan is not None
         rows = self.halves(setting)
         model = trainer.accelerator.unwrap_model(trainer.model)
-        ordered = order(model, batches_of(trainer, rows.train), seed=setting.args.seed)
+        batches = batches_of(trainer, rows.train)
+        bar = trainer.is_world_process_zero() and not setting.args.disable_tqdm
+        # By rounding alone processes could come to different orders; all take the first one's.
+        [ordered] = broadcast_object_list([order(model, batches, bar=bar, seed=setting.args.seed)])
         cuts = self.cuts(ordered)
         found = _measured(trainer, cuts, rows.validation, setting)
         alike = len(set(found.values)) == 1 and not any(found.difference_errors)
