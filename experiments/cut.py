@@ -13,16 +13,18 @@ what the orders by data see. Beside them:
 - healed: the cut trained on, for a tenth of the steps; or its head alone, the factors frozen;
 - half-way: half of the steps at rank 8, the order and the cut, the other half at the cut's ranks.
 
-With --r 16 another rank is cut, trained at the rate of rank 8. One JSON file a task and seed in
+With --r 16 another rank is cut, trained at a rate of its own. One JSON file a task and seed in
 experiments/results/cut/; files that are there are skipped, arms that a file lacks are added, so
 that the grid can be stopped and started again. Learning rates are the best in the files that
-`--tune` writes, judged on those 400 rows, one seed; an arm without such a file takes that of LoRA
-at rank 8.
+`--tune` writes, judged on those 400 rows, one seed; an arm without such a file takes that of
+LoRA of rank 8.
 """
 
 import argparse
 import json
+import math
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -53,7 +55,8 @@ from rankwise.trainer import FiniteTrainer, replaced, run_training
 RESULTS = Path(__file__).parent / "results" / "cut"
 SIZES = (4, 8, 16, 32, 64)
 ORDER_ROWS = 400
-RATES = (1e-4, 1e-3, 3e-3, 1e-2)
+RATES = (1e-4, 1e-3, 3e-3)
+SCRATCH_RATES = (1e-3, 3e-3, 1e-2)
 SEVEN = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)
 WHOLE = "all pieces"
 # From scratch: the method, by the name of the arm.
@@ -97,6 +100,7 @@ def main() -> None:
     parser = grid.flags(__doc__, GRID)
     parser.add_argument("--tune", action="store_true", help="sweep the learning rate instead")
     parser.add_argument("--arms", nargs="*", help="these alone (of a sweep: methods from scratch)")
+    parser.add_argument("--rates", nargs="*", type=float, help="to sweep, in place of the usual")
     parser.add_argument("--r", type=int, default=LoRA().r, help="rank of what is cut")
     parser.add_argument("--adapters", type=Path, default=Path("runs/cut"), help="trained ones")
     args = parser.parse_args()
@@ -174,10 +178,10 @@ def trained_on(job: Job, folder: Path, steps: int, rate: float, head: bool = Fal
 
 def tune(name: str, seed: int, args: argparse.Namespace) -> None:
     """One method at every rate, on the rows that the orders would see."""
-    methods: dict[str, LoraMethod] = {WHOLE: LoRA(), **SCRATCH}
+    methods: dict[str, LoraMethod] = {WHOLE: whole(args.r), **SCRATCH}
     for arm in args.arms or [WHOLE]:
-        for rate in RATES[:3] if arm == WHOLE else RATES[1:]:
-            target = tuned(name, arm, seed, rate)
+        for rate in args.rates or (RATES if arm == WHOLE else SCRATCH_RATES):
+            target = tuned(name, arm, args.r, seed, f"{rate:g}")
             if target.exists():
                 continue
             job = load(GRID[name], seed, rate, args)
@@ -185,39 +189,56 @@ def tune(name: str, seed: int, args: argparse.Namespace) -> None:
             found = {"arm": arm, "learning_rate": rate, "recipe": asdict(GRID[name]), "seed": seed}
             found |= {"metrics": job.task.metrics}
             try:
-                found["held_out"] = evaluate(judged, trained(job, methods[arm]))
+                trainer = trained(job, methods[arm])
+                found["held_out"] = evaluate(judged, trainer)
+                if arm == WHOLE:
+                    save(trainer, adapter_folder(name, seed, rate, args))
             except DivergedError as error:
                 found["diverged"] = str(error)
             write_json(target, found)
             print(target.stem, found.get("held_out", "diverged"), flush=True)
 
 
-def tuned(name: str, arm: str, seed: int, rate: float) -> Path:
+def whole(r: int) -> LoRA:
+    """What is cut."""
+    return LoRA(r=r, lora_alpha=2 * r)
+
+
+def label(name: str, r: int) -> str:
+    """What the files of a task are called, by the rank of what is cut."""
+    return name if r == LoRA().r else f"{name}-r{r}"
+
+
+def tuned(name: str, arm: str, r: int, seed: int, rate: str) -> Path:
     slug = re.sub(r"[^a-z0-9]+", "-", arm.lower()).strip("-")
-    return RESULTS / "tune" / f"{name}-{slug}-seed{seed}-lr{rate:g}.json"
+    of = label(name, r) if arm == WHOLE else name
+    return RESULTS / "tune" / f"{of}-{slug}-seed{seed}-lr{rate}.json"
 
 
-def best_rate(name: str, arm: str) -> float:
-    """The rate with the best metric in the files of the sweep, seed 0."""
-    found = {}
-    for rate in RATES:
-        path = tuned(name, arm, 0, rate)
-        run = json.loads(path.read_text()) if path.exists() else {}
+def adapter_folder(name: str, seed: int, rate: float, args: argparse.Namespace) -> Path:
+    folder: Path = args.adapters / f"{label(name, args.r)}-seed{seed}-lr{rate:g}"
+    return folder
+
+
+def best_rate(name: str, arm: str, r: int = LoRA().r) -> float:
+    """The rate with the best metric in the files of the sweep, seed 0; the smallest of equals."""
+    pattern, found = tuned(name, arm, r, 0, "*"), {}
+    for path in pattern.parent.glob(pattern.name):
+        run = json.loads(path.read_text())
         if "held_out" in run:
-            found[rate] = run["held_out"][run["metrics"][0]]
+            found[run["learning_rate"]] = run["held_out"][run["metrics"][0]]
     if found:
-        return max(found, key=lambda rate: found[rate])
+        return max(sorted(found), key=lambda rate: found[rate])
     if arm == WHOLE:
-        raise SystemExit(f"no sweep of {name}; run --tune --only {name} --seeds 0")
+        raise SystemExit(f"no sweep of {name}; run --tune --only {name} --seeds 0 --r {r}")
     return best_rate(name, WHOLE)
 
 
 def fill(name: str, seed: int, args: argparse.Namespace) -> None:
     """Adds the arms that a task's result file lacks."""
-    label = name if args.r == LoRA().r else f"{name}-r{args.r}"
-    target, recipe = RESULTS / f"{label}-seed{seed}.json", GRID[name]
+    target, recipe = RESULTS / f"{label(name, args.r)}-seed{seed}.json", GRID[name]
     found: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
-    rates = {arm: best_rate(name, arm) for arm in (WHOLE, *SCRATCH)}
+    rates = {arm: best_rate(name, arm, args.r) for arm in (WHOLE, *SCRATCH)}
     if found and (found["recipe"] != asdict(recipe) or found["rates"][WHOLE] != rates[WHOLE]):
         raise SystemExit(f"{target} was run otherwise: {found['recipe']}; move it away")
     wanted = args.arms or [*ORDERS, *SCRATCH, *HEALED, HALFWAY]
@@ -237,19 +258,40 @@ def fill(name: str, seed: int, args: argparse.Namespace) -> None:
         "rates": rates,
         "arms": {},
     }
-    folder = args.adapters / f"{label}-seed{seed}-lr{rates[WHOLE]:g}"
-    if WHOLE not in found["arms"]:
-        trainer = trained(job, LoRA(r=args.r, lora_alpha=2 * args.r))
-        found["steps"] = trainer.state.global_step
-        found["arms"][WHOLE] = evaluate(job, trainer)
-        if not folder.exists():
-            trainer.model.save_pretrained(folder)
+    folder = adapter_folder(name, seed, rates[WHOLE], args)
+    if not folder.exists():
+        save(trained(job, whole(args.r)), folder)
+    figures = evaluate(job, loaded(job, folder))
+    if WHOLE in found["arms"]:
+        check_alike(target, found["arms"][WHOLE], figures)
+    else:
+        batches = math.ceil(found["train_rows"] / job.args.per_device_train_batch_size)
+        found["steps"] = math.ceil(batches * recipe.epochs)
+        found["arms"][WHOLE] = figures
         found["parameters"] = Adapter.load(folder).parameters
     for arm in missing:
         started = time.process_time()
         found["arms"][arm] = run_arm(arm, job, folder, found)
         write_json(target, found)
         print(target.stem, arm, f"{time.process_time() - started:.0f} s", flush=True)
+
+
+def save(trainer: Trainer, folder: Path) -> None:
+    """Keeps what was trained, whole or not at all."""
+    temporary = folder.with_name(f"{folder.name}.part")
+    trainer.model.save_pretrained(temporary)
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+
+
+def check_alike(target: Path, before: dict[str, float], now: dict[str, float]) -> None:
+    """Refuses arms of another adapter: trained anew, it may come out otherwise elsewhere."""
+    if odd := [n for n, value in before.items() if not math.isclose(value, now[n], rel_tol=1e-3)]:
+        raise SystemExit(
+            f"{target}: trained anew, {odd[0]} is {now[odd[0]]:.6f}, not {before[odd[0]]:.6f} as "
+            "for the arms there; give the folder of the old adapters, or move the file away"
+        )
 
 
 def run_arm(arm: str, job: Job, folder: Path, found: dict[str, Any]) -> dict[str, Any]:
@@ -261,7 +303,7 @@ def run_arm(arm: str, job: Job, folder: Path, found: dict[str, Any]) -> dict[str
         return {"parameters": size, **evaluate(job, trainer)}
     if arm in HEALED:
         return healed(HEALED[arm], job, folder, found["steps"], arm in HEAD_ALONE)
-    return halfway(job, found["steps"]) if arm == HALFWAY else cuts(arm, job, folder)
+    return halfway(job, found) if arm == HALFWAY else cuts(arm, job, folder)
 
 
 def loaded(job: Job, folder: Path) -> Trainer:
@@ -279,6 +321,8 @@ def cuts(name: str, job: Job, folder: Path) -> dict[str, Any]:
     """An order's cuts to every size."""
     trainer, found = loaded(job, folder), {}
     by = ordered(name, job, trainer, Adapter.load(folder))
+    if "looks" in by.order.provenance:
+        found["looks"] = by.order.provenance["looks"]
     with tempfile.TemporaryDirectory() as scratch:
         for size in SIZES:
             small = by.cut(by.adapter.parameters // size)
@@ -312,10 +356,11 @@ class StopAt(TrainerCallback):
         return control
 
 
-def halfway(job: Job, steps: int) -> dict[str, Any]:
+def halfway(job: Job, about: dict[str, Any]) -> dict[str, Any]:
     """Cut in the middle of the training; the second half starts at half the rate, as the first
     ended."""
-    trainer, found = trained(job, LoRA(), [StopAt(steps // 2)]), {}
+    steps, found = about["steps"], {}
+    trainer = trained(job, whole(about["r"]), [StopAt(steps // 2)])
     with tempfile.TemporaryDirectory() as scratch:
         trainer.model.save_pretrained(f"{scratch}/whole")
         by = ordered("by data, seven looks", job, trainer, Adapter.load(f"{scratch}/whole"))
@@ -333,15 +378,18 @@ ORDERS: dict[str, Callable[[Model, Adapter, list[Any], int], Any]] = {
     "energy per layer": lambda model, whole, batches, seed: by_energy(whole.factors()),
     "one threshold on σ": lambda model, whole, batches, seed: by_sigma(whole.factors()),
     "activations": lambda model, whole, batches, seed: by_activation(model, batches),
-    "by data, one look, gates at 1": lambda model, whole, batches, seed: by_data(
-        model, batches, ladder=(), ridge=1e9, seed=seed
+    "by data": lambda model, whole, batches, seed: by_data(model, batches, seed=seed),
+    "by data, four looks": lambda model, whole, batches, seed: by_data(
+        model, batches, trust=math.inf, seed=seed
     ),
-    "by data, four looks": lambda model, whole, batches, seed: by_data(model, batches, seed=seed),
     "by data, one look": lambda model, whole, batches, seed: by_data(
         model, batches, ladder=(), seed=seed
     ),
     "by data, seven looks": lambda model, whole, batches, seed: by_data(
-        model, batches, ladder=SEVEN, seed=seed
+        model, batches, ladder=SEVEN, trust=math.inf, seed=seed
+    ),
+    "by data, one look, gates at 1": lambda model, whole, batches, seed: by_data(
+        model, batches, ladder=(), ridge=1e9, seed=seed
     ),
     "random": lambda model, whole, batches, seed: at_random(whole.factors(), seed),
 }

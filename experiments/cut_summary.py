@@ -37,9 +37,10 @@ TRAINED_ON = ("by data, healed", "one threshold on σ, healed", "by data, half-w
 HEAD = "by data, head re-fitted"
 SCRATCH = ("all linear, r=1", "AdaLoRA", "query and value, r=1")
 CONTROL = "one threshold on σ"
-OURS = "by data, four looks"  # the default
+OURS = "by data, four looks"  # the default, but for the steps that it undoes
+DEFAULT = "by data"
+WIDE = (DEFAULT, CONTROL, "one rank by SVD", "random")  # of rank 16
 MARGIN = 0.01
-LEARNED = 0.1  # of a correlation, say: a LoRA below it has learned nothing that could be cut
 
 
 def main() -> None:
@@ -63,25 +64,22 @@ def load(rank: int = 8, orders: Sequence[str] = ORDERS) -> dict[str, list[dict[s
 
 
 def rank_16() -> dict[str, Any]:
-    """What the tables say of LoRA of rank 16, by task, where it learned anything."""
-    shown = ("metric", "seeds", "parameters", "all pieces", "score", "loss")
-    found = {task: one_task(seeds) for task, seeds in load(16, (OURS, CONTROL)).items()}
-    found = {task: t for task, t in found.items() if t["all pieces"][t["metric"]] > LEARNED}
+    """What the tables say of LoRA of rank 16, by task."""
+    shown = ("metric", "seeds", "rates", "parameters", "all pieces", "score", "loss", "given_up")
+    found = {task: one_task(seeds) for task, seeds in load(16, WIDE).items()}
     return {task: {key: t[key] for key in shown} for task, t in found.items()}
 
 
 def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """By task, means over seeds; over tasks, means of the loss that a cut gives up."""
     tasks = {task: one_task(seeds) | {"trained": trained(seeds)} for task, seeds in runs.items()}
-    given_up = {
-        order: {s: statistics.mean(t["given_up"][order][s] for t in tasks.values()) for s in NAMES}
-        for order in ORDERS
-    }
+    given_up = loss_given_up(tasks, ORDERS)
     return {
         "tasks": tasks,
         "rates": rates(),
         "paired": {name: paired(runs, name) for name in ("metric", "loss")},
-        "head": head_fitted(runs),
+        "head": before_and_after(runs, OURS, HEAD),
+        "undoing": undoing(runs),
         "given_up": given_up,
         "saved_at_16": 1 - given_up[OURS]["16"] / given_up[CONTROL]["16"],
         "below_control": {
@@ -92,6 +90,14 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 NAMES = tuple(map(str, SIZES))
+
+
+def loss_given_up(tasks: dict[str, Any], orders: Sequence[str]) -> dict[str, dict[str, float]]:
+    """By order and size, the mean over tasks."""
+    return {
+        order: {s: statistics.mean(t["given_up"][order][s] for t in tasks.values()) for s in NAMES}
+        for order in orders
+    }
 
 
 def paired(runs: dict[str, list[dict[str, Any]]], name: str) -> dict[str, Any]:
@@ -113,23 +119,38 @@ def paired(runs: dict[str, list[dict[str, Any]]], name: str) -> dict[str, Any]:
     return found
 
 
-def head_fitted(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """By task, the cut by data and the same with its head trained on, of the seeds that have it."""
+def before_and_after(
+    runs: dict[str, list[dict[str, Any]]], before: str, after: str
+) -> dict[str, Any]:
+    """By task, two arms on the same adapters, of the seeds that have both."""
     found = {}
     for task, seeds in runs.items():
-        have = [run for run in seeds if HEAD in run["arms"]]
+        have = [run for run in seeds if {before, after} <= set(run["arms"])]
         if have:
             metric = have[0]["task"]["metrics"][0]
+            sizes = [size for size in NAMES if size in have[0]["arms"][after]]
             found[task] = {
                 "seeds": [run["seed"] for run in have],
+                "metric": metric,
                 **{
                     arm: {
                         size: {name: mean(have, arm, size, name) for name in (metric, "loss")}
-                        for size in have[0]["arms"][HEAD]
+                        for size in sizes
                     }
-                    for arm in (OURS, HEAD)
+                    for arm in (before, after)
                 },
             }
+    return found
+
+
+def undoing(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """What undoing steps that were too long does to the order by data, and σ's beside it."""
+    found = before_and_after(runs, OURS, DEFAULT)
+    controls = before_and_after(runs, DEFAULT, CONTROL)
+    for task, about in found.items():
+        have = [run for run in runs[task] if DEFAULT in run["arms"]]
+        about["looks"] = [run["arms"][DEFAULT]["looks"] for run in have]
+        about[CONTROL] = controls[task][CONTROL]
     return found
 
 
@@ -145,9 +166,12 @@ def trained(seeds: list[dict[str, Any]]) -> dict[str, Any]:
 def rates() -> dict[str, Any]:
     """What LoRA of rank 8 scores on held-out training rows at each learning rate, by task."""
     found: dict[str, Any] = {}
-    for path in sorted((HERE / "results" / "cut" / "tune").glob("*-all-pieces-seed0-*.json")):
+    for path in sorted((HERE / "results" / "cut" / "tune").glob("*-seed0-*.json")):
+        task, _, rest = path.name.partition("-")
+        if not rest.startswith("all-pieces"):
+            continue
         run = json.loads(path.read_text())
-        about = found.setdefault(path.name.partition("-")[0], {"metric": run["metrics"][0]})
+        about = found.setdefault(task, {"metric": run["metrics"][0]})
         about[f"{run['learning_rate']:g}"] = run.get("held_out")
     return found
 
@@ -169,7 +193,9 @@ def rates_table(found: dict[str, Any]) -> str:
 def one_task(seeds: list[dict[str, Any]]) -> dict[str, Any]:
     metric = seeds[0]["task"]["metrics"][0]
     whole = {name: mean(seeds, "all pieces", None, name) for name in ("loss", metric)}
-    cut = [arm for arm in (*ORDERS, *TRAINED_ON) if all(arm in run["arms"] for run in seeds)]
+    cut = [
+        arm for arm in (*ORDERS, DEFAULT, *TRAINED_ON) if all(arm in run["arms"] for run in seeds)
+    ]
     scratch = [arm for arm in SCRATCH if all(arm in run["arms"] for run in seeds)]
     sizes = {arm: [s for s in NAMES if s in seeds[0]["arms"][arm]] for arm in cut}
     loss = {arm: {s: mean(seeds, arm, s, "loss") for s in sizes[arm]} for arm in cut}
@@ -189,7 +215,11 @@ def one_task(seeds: list[dict[str, Any]]) -> dict[str, Any]:
             arm: {key: mean(seeds, arm, None, key) for key in ("parameters", "loss", metric)}
             for arm in scratch
         },
-        "as_good": {arm: as_good(score[arm], whole[metric]) for arm in (OURS, CONTROL)},
+        "as_good": {
+            arm: as_good(score[arm], whole[metric])
+            for arm in (OURS, DEFAULT, CONTROL)
+            if arm in cut
+        },
     }
 
 
@@ -210,29 +240,41 @@ def as_good(score: dict[str, float], whole: float) -> int:
 
 def tables(found: dict[str, Any]) -> str:
     said = "The task's metric in points, and the loss: by data / one threshold on σ."
-    parts = [given_up_table(found), scores_table(found["tasks"], said), paired_table(found)]
-    parts += [trained_table(found), head_table(found["head"])]
-    if found["of_rank_16"]:
-        said = "The same of LoRA of rank 16, whose 1/8 has as many parameters as 1/4 above:"
-        parts.append(scores_table(found["of_rank_16"], said))
+    lost = "Loss given up against all pieces, mean over {} tasks:"
+    parts = [given_up_table(found["given_up"], lost.format(len(found["tasks"])))]
+    parts += [scores_table(found["tasks"], said), paired_table(found)]
+    if found["undoing"]:
+        parts.append(undoing_table(found["undoing"]))
+    parts.append(trained_table(found))
+    if found["head"]:
+        head = (
+            "Metric in points / loss of the cut by data (four looks) → after a tenth of the steps "
+            "for its head alone:"
+        )
+        parts.append(before_and_after_table(found["head"], OURS, HEAD, head))
+    if wide := found["of_rank_16"]:
+        said = "LoRA of rank 16, whose 1/8 has as many parameters as 1/4 above:"
+        parts.append(scores_table(wide, said, DEFAULT))
+        lost = f"Of rank 16: {lost[0].lower()}{lost[1:]}"
+        parts.append(given_up_table(loss_given_up(wide, WIDE), lost.format(len(wide))))
     return "\n\n".join([*filter(None, parts), aims(found)])
 
 
-def given_up_table(found: dict[str, Any]) -> str:
+def given_up_table(given_up: dict[str, dict[str, float]], said: str) -> str:
     """The loss that each order gives up against all pieces, mean over tasks."""
     lines = [
-        f"Loss given up against all pieces, mean over {len(found['tasks'])} tasks:",
+        said,
         "",
         "| order | " + " | ".join(f"1/{size}" for size in SIZES) + " |",
         "| --- |" + " ---: |" * len(SIZES),
     ]
-    for order in ORDERS:
-        cells = [f"{found['given_up'][order][s]:+.3f}" for s in NAMES]
+    for order, by_size in given_up.items():
+        cells = [f"{by_size[s]:+.3f}" for s in NAMES]
         lines.append(f"| {order} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def scores_table(tasks: dict[str, Any], said: str) -> str:
+def scores_table(tasks: dict[str, Any], said: str, ours: str = OURS) -> str:
     """The metric in points, by task and size, of the order by data and of its control."""
     lines = [
         said,
@@ -243,7 +285,7 @@ def scores_table(tasks: dict[str, Any], said: str) -> str:
     for task, t in tasks.items():
         for name, scale, digits in ((t["metric"], 100, 1), ("loss", 1, 3)):
             values = t["loss"] if name == "loss" else t["score"]
-            pairs = ((values[OURS][s], values[CONTROL][s]) for s in NAMES)
+            pairs = ((values[ours][s], values[CONTROL][s]) for s in NAMES)
             cells = [f"{scale * a:.{digits}f} / {scale * b:.{digits}f}" for a, b in pairs]
             head = f"{task} | {name.replace('_', ' ')} | {scale * t['all pieces'][name]:.{digits}f}"
             lines.append(f"| {head} | {' | '.join(cells)} | {len(t['seeds'])} |")
@@ -273,32 +315,63 @@ def paired_table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def head_table(found: dict[str, Any]) -> str:
-    """The cut by data before and after its head is trained on; "" where none was."""
-    if not found:
-        return ""
-    sizes = list(next(iter(found.values()))[HEAD])
+def before_and_after_table(found: dict[str, Any], before: str, after: str, said: str) -> str:
+    """Two arms, a cell `before → after`."""
+    sizes = list(next(iter(found.values()))[after])
     lines = [
-        "Metric in points / loss of the cut by data, and after a tenth of the steps for its head "
-        "alone:",
+        said,
         "",
         "| task | " + " | ".join(f"1/{size}" for size in sizes) + " | seeds |",
         "| --- |" + " ---: |" * (len(sizes) + 1),
     ]
     for task, t in found.items():
-        metric = next(name for name in t[OURS][sizes[0]] if name != "loss")
         cells = []
         for size in sizes:
-            both = (t[arm][size] for arm in (OURS, HEAD))
-            cells.append(" → ".join(f"{100 * m[metric]:.1f} / {m['loss']:.3f}" for m in both))
+            both = (t[arm][size] for arm in (before, after))
+            cells.append(" → ".join(f"{100 * m[t['metric']]:.1f} / {m['loss']:.3f}" for m in both))
         lines.append(f"| {task} | {' | '.join(cells)} | {len(t['seeds'])} |")
     return "\n".join(lines)
+
+
+def undoing_table(found: dict[str, Any]) -> str:
+    """What undoing does, how many looks it took, and how often the loss is then below σ's."""
+    said = (
+        "Metric in points / loss of the order by data in four looks, none of whose steps is undone "
+        "→ with the steps undone that were too long, which is the default:"
+    )
+    sizes = list(next(iter(found.values()))[DEFAULT])
+    mean_of = {
+        arm: {size: statistics.mean(t[arm][size]["loss"] for t in found.values()) for size in sizes}
+        for arm in (OURS, DEFAULT, CONTROL)
+    }
+    lower = {
+        arm: {
+            size: sum(t[arm][size]["loss"] < t[CONTROL][size]["loss"] for t in found.values())
+            for size in sizes
+        }
+        for arm in (OURS, DEFAULT)
+    }
+    looks = ", ".join(f"{task} {', '.join(map(str, t['looks']))}" for task, t in found.items())
+    means = ", ".join(
+        f"{mean_of[OURS][size]:.3f} → {mean_of[DEFAULT][size]:.3f} at 1/{size} (σ "
+        f"{mean_of[CONTROL][size]:.3f})"
+        for size in sizes[2:]
+    )
+    counts = ", ".join(
+        f"{lower[OURS][size]} → {lower[DEFAULT][size]} of {len(found)} at 1/{size}"
+        for size in sizes[1:]
+    )
+    return (
+        f"{before_and_after_table(found, OURS, DEFAULT, said)}\n\nMean loss over these tasks: "
+        f"{means}. A lower loss than σ's: on {counts}. Looks, with the undone ones: {looks}."
+    )
 
 
 def trained_table(found: dict[str, Any]) -> str:
     """What training adds: healed cuts, a cut half-way, and small adapters from scratch."""
     lines = [
-        "Metric in points / loss, where a training follows the cut or takes its place:",
+        "Metric in points / loss, where a training follows the cut (by seven looks) or takes its "
+        "place:",
         "",
         "| task | all | 1/8 by data | healed | half-way | from scratch, r=1 | AdaLoRA "
         "| 1/32 by data | healed | half-way | query and value, r=1 | seeds |",

@@ -146,9 +146,22 @@ def test_orders_are_compared_on_the_same_adapter_and_every_task_counts_alike():
 
 def test_a_head_is_compared_with_the_cut_of_the_same_seeds():
     head = {cut.HEAD: {"8": {"accuracy": 0.9, "loss": 0.1}}}
-    found = cut.head_fitted({"a": [cut_run(0.1), cut_run(0.3, **head)], "b": [cut_run(0.2)]})
+    runs = {"a": [cut_run(0.1), cut_run(0.3, **head)], "b": [cut_run(0.2)]}
+    found = cut.before_and_after(runs, cut.OURS, cut.HEAD)
     assert list(found) == ["a"] and found["a"][cut.OURS]["8"]["accuracy"] == pytest.approx(0.8)
-    assert "80.0 / 0.700 → 90.0 / 0.100" in cut.head_table(found)
+    assert "80.0 / 0.700 → 90.0 / 0.100" in cut.before_and_after_table(
+        found, cut.OURS, cut.HEAD, ""
+    )
+
+
+def test_undone_steps_are_compared_on_the_same_seeds_and_with_the_control():
+    default = {size: {"accuracy": 0.5, "loss": 1.05 if size == "64" else 0.5} for size in cut.NAMES}
+    runs = {"a": [cut_run(-0.1), cut_run(-0.2, **{cut.DEFAULT: default | {"looks": 7}})]}
+    said = cut.undoing_table(cut.undoing(runs))
+    assert "| a |" in said and "30.0 / 1.200 → 50.0 / 0.500" in said
+    assert "1.200 → 0.500 at 1/16 (σ 1.000), 1.200 → 0.500 at 1/32 (σ 1.000)" in said
+    assert "0 → 1 of 1 at 1/32, 0 → 0 of 1 at 1/64" in said
+    assert said.endswith("a 7.")
 
 
 def test_pages_hold_the_tables_of_the_cut():
