@@ -405,6 +405,25 @@ def test_two_steps_are_undone_at_most_on_the_way_to_a_size(monkeypatch):
     assert sorted(order.sequence) == sorted(orders.all_pieces(order.pieces))
 
 
+def test_a_cut_whose_loss_is_not_finite_is_undone_like_any_that_is_too_far(monkeypatch):
+    looks, real = [], surgeon._look
+
+    def look(*args, **how):
+        looks.append(real(*args, **how))
+        if len(looks) in whose:
+            raise DivergedError("the loss is nan")
+        return looks[-1]
+
+    monkeypatch.setattr(surgeon, "_look", look)
+    whose = {2}
+    order = by_data(lora(size=1e-3), batches(), ladder=(1 / 2, 1 / 8))
+    assert order.provenance["looks"] == 5  # one for the step that was undone, one for its half
+    looks.clear()
+    whose = {1, 2, 3}
+    with pytest.raises(DivergedError, match="nan"):  # and two are undone at most
+        by_data(lora(size=1e-3), batches(), ladder=(1 / 2, 1 / 8))
+
+
 def test_no_step_is_undone_where_that_is_not_wanted(monkeypatch, tmp_path):
     looks = Looks(monkeypatch, lambda n: 1e300)
     order = by_data(lora(size=0.1), batches(), ladder=(1 / 2, 1 / 4), trust=math.inf)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rankwise.adapter import Adapter, Factors
-from rankwise.errors import AdapterError, DataError
+from rankwise.errors import AdapterError, DataError, DivergedError
 from rankwise.given import check_type, fits, shown
 from rankwise.orders import Order, Ordered, Piece, all_pieces, gated, padded, shaped_like
 
@@ -133,7 +133,12 @@ def by_data(
         drawn, now = next(seeds), gated(pieces, step.kept, step.gates)
         ruler = {"measured_by": left.seed, "most": bound, "outputs": outputs}
         how = {"kind": kind, "seed": drawn, "progress": progress}
-        seen = _look(model, batches, now, first, **how, **ruler)
+        try:
+            seen = _look(model, batches, now, first, **how, **ruler)
+        except DivergedError:  # farther than any bound
+            if may_undo:
+                return left, True
+            raise
         j, moved = gate_columns(step.kept, seen), _moved(seen)
         return _Left(step.kept, step.gates, j, moved, drawn), seen.distance > bound
 
