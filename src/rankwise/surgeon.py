@@ -562,15 +562,15 @@ def _bar(batches: Sequence[Batch], show: bool) -> Iterator[Callable[[int], None]
     if not show:
         yield None
         return
-    looks, before = 0, 0
-    with tqdm(total=sum(map(_rows, batches)), unit=" rows") as bar:
+    looks, before = 1, 0
+    with tqdm(total=sum(map(_rows, batches)), unit=" rows", desc="order, look 1") as bar:
 
         def tell(seen: int) -> None:
             nonlocal looks, before
-            if not looks or seen <= before:
+            if seen <= before:
                 looks, before = looks + 1, 0
                 bar.reset()
-                bar.set_description(f"order, look {looks}")
+                bar.set_description(f"order, look {looks}", refresh=False)
             bar.update(seen - before)
             before = seen
 
