@@ -395,13 +395,16 @@ def test_a_step_that_moved_the_outputs_too_far_goes_half_as_far(monkeypatch):
         torch.testing.assert_close(undone.gates[count], gates, rtol=1e-6, atol=1e-8)
 
 
-def test_two_steps_are_undone_at_most_on_the_way_to_a_size(monkeypatch):
-    model, data = lora(size=0.1), batches()
+def test_two_steps_are_undone_at_most_on_the_way_to_a_size_and_the_next_is_no_long_one(
+    monkeypatch,
+):
     looks = Looks(monkeypatch, lambda n: math.inf)  # however short the step, it was too long
-    order = by_data(model, data, ladder=(1 / 2, 1 / 8))
-    assert order.provenance["looks"] == 1 + len(looks.counts) == 9
-    assert looks.counts[0] < looks.counts[1] < looks.counts[2]  # two are undone
-    assert looks.counts[3] <= looks.counts[0]  # what is left of the way is gone at once
+    order = by_data(lora(size=0.1), batches(), ladder=(1 / 2,))
+    far, half, quarter, next_one, *rest = looks.counts
+    assert far < half < quarter  # the first two are undone
+    ratio = len(order.sequence) / quarter
+    assert quarter / next_one == pytest.approx(ratio**2, rel=0.05)  # at most twice as far
+    assert rest == [far]  # none is undone any more, and here the size is reached
     assert sorted(order.sequence) == sorted(orders.all_pieces(order.pieces))
 
 

@@ -86,8 +86,9 @@ def by_data(
     ladder, with the gates that it has by then: the gates are set right for what has really become
     of the outputs, and what goes next is chosen by what is seen there. Where their divergence from
     the whole adapter's is much larger than was foreseen, the step was too long for a quadratic
-    model: it is undone, and goes half as far, by the logarithm of the number of pieces. The aim is
-    the outputs of the whole adapter; labels say which tokens count and how large the loss is.
+    model: it is undone, and goes half as far, by the logarithm of the number of pieces; the next
+    one goes at most twice as far again. The aim is the outputs of the whole adapter; labels say
+    which tokens count and how large the loss is.
 
     The whole is one order, and the pieces of all its cuts are nested; their gates are not, each
     size has its own.
@@ -176,9 +177,9 @@ def _stretch(
     from rankwise.sharded import agreed
 
     steps: list[_Step] = []
-    undone = 0
+    undone, until = 0, 0
     while sum(cost[piece] for piece in left.pieces) > limit:
-        step = agreed(model, _step(left, cost, ridge, limit=limit))
+        step = agreed(model, _step(left, cost, ridge, limit=limit, until=until))
         after, too_far = replace(left, pieces=[]), False
         while step.kept:
             after, too_far = look(left, step, undone < UNDONE and len(step.gone) > 1)
@@ -186,8 +187,10 @@ def _stretch(
                 break
             undone += 1
             halfway = round((len(left.pieces) * len(step.kept)) ** 0.5)
-            until = max(halfway, len(step.kept) + 1)
-            step = agreed(model, _step(left, cost, ridge, until=until))
+            shorter = max(halfway, len(step.kept) + 1)
+            step = agreed(model, _step(left, cost, ridge, until=shorter))
+        if undone:  # the next step goes at most twice as far as the one that stood
+            until = round(len(step.kept) ** 3 / len(left.pieces) ** 2)
         steps.append(step)
         left = after
     return steps, left
