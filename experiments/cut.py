@@ -57,6 +57,7 @@ SIZES = (4, 8, 16, 32, 64)
 ORDER_ROWS = 400
 RATES = (1e-4, 1e-3, 3e-3)
 SCRATCH_RATES = (1e-3, 3e-3, 1e-2)
+FOUR = (1 / 4, 1 / 16, 1 / 64)
 SEVEN = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)
 WHOLE = "all pieces"
 # From scratch: the method, by the name of the arm.
@@ -380,7 +381,7 @@ ORDERS: dict[str, Callable[[Model, Adapter, list[Any], int], Any]] = {
     "activations": lambda model, whole, batches, seed: by_activation(model, batches),
     "by data": lambda model, whole, batches, seed: by_data(model, batches, seed=seed),
     "by data, four looks": lambda model, whole, batches, seed: by_data(
-        model, batches, trust=math.inf, seed=seed
+        model, batches, ladder=FOUR, trust=math.inf, seed=seed
     ),
     "by data, one look": lambda model, whole, batches, seed: by_data(
         model, batches, ladder=(), seed=seed

@@ -52,7 +52,7 @@ def by_activation(model: Any, batches: Iterable[Batch], **how: Any) -> Order:
 STEP = 4.0
 """The most by which one look may multiply a gate: so far a quadratic model may be trusted."""
 
-LADDER = (1 / 4, 1 / 16, 1 / 64)
+LADDER = (1 / 4, 1 / 16, 1 / 32, 1 / 64)
 
 TRUST = 2.0
 """How many times the divergence that was foreseen there may be, before a step is undone."""
