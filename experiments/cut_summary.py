@@ -337,13 +337,17 @@ def undoing_table(found: dict[str, Any]) -> str:
     """What undoing does, how many looks it took, and how often the loss is then below σ's."""
     said = (
         "Metric in points / loss of the order by data in four looks, none of whose steps is undone "
-        "→ with the steps undone that were too long, which is the default:"
+        "→ by default: one look more, at 1/32, and steps undone that were too long:"
     )
     sizes = list(next(iter(found.values()))[DEFAULT])
-    mean_of = {
-        arm: {size: statistics.mean(t[arm][size]["loss"] for t in found.values()) for size in sizes}
-        for arm in (OURS, DEFAULT, CONTROL)
-    }
+
+    def means(arm: str, size: str) -> str:
+        points, loss = (
+            statistics.mean(t[arm][size][name or t["metric"]] for t in found.values())
+            for name in (None, "loss")
+        )
+        return f"{100 * points:.1f} / {loss:.3f}"
+
     lower = {
         arm: {
             size: sum(t[arm][size]["loss"] < t[CONTROL][size]["loss"] for t in found.values())
@@ -352,18 +356,17 @@ def undoing_table(found: dict[str, Any]) -> str:
         for arm in (OURS, DEFAULT)
     }
     looks = ", ".join(f"{task} {', '.join(map(str, t['looks']))}" for task, t in found.items())
-    means = ", ".join(
-        f"{mean_of[OURS][size]:.3f} → {mean_of[DEFAULT][size]:.3f} at 1/{size} (σ "
-        f"{mean_of[CONTROL][size]:.3f})"
-        for size in sizes[2:]
+    both = ", ".join(
+        f"{means(OURS, size)} → {means(DEFAULT, size)} at 1/{size} (σ {means(CONTROL, size)})"
+        for size in sizes[1:]
     )
     counts = ", ".join(
         f"{lower[OURS][size]} → {lower[DEFAULT][size]} of {len(found)} at 1/{size}"
         for size in sizes[1:]
     )
     return (
-        f"{before_and_after_table(found, OURS, DEFAULT, said)}\n\nMean loss over these tasks: "
-        f"{means}. A lower loss than σ's: on {counts}. Looks, with the undone ones: {looks}."
+        f"{before_and_after_table(found, OURS, DEFAULT, said)}\n\nMean over these tasks: "
+        f"{both}. A lower loss than σ's: on {counts}. Looks, with the undone ones: {looks}."
     )
 
 

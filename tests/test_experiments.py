@@ -159,7 +159,7 @@ def test_undone_steps_are_compared_on_the_same_seeds_and_with_the_control():
     runs = {"a": [cut_run(-0.1), cut_run(-0.2, **{cut.DEFAULT: default | {"looks": 7}})]}
     said = cut.undoing_table(cut.undoing(runs))
     assert "| a |" in said and "30.0 / 1.200 → 50.0 / 0.500" in said
-    assert "1.200 → 0.500 at 1/16 (σ 1.000), 1.200 → 0.500 at 1/32 (σ 1.000)" in said
+    assert "30.0 / 1.200 → 50.0 / 0.500 at 1/16 (σ 50.0 / 1.000)" in said
     assert "0 → 1 of 1 at 1/32, 0 → 0 of 1 at 1/64" in said
     assert said.endswith("a 7.")
 
