@@ -9,7 +9,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers.utils import logging
 
 import rankwise
 from families import Family, batch, family, rows
@@ -89,17 +88,7 @@ def made(request, tmp_path_factory):
     return case, model, ordered, folder
 
 
-@pytest.fixture
-def with_bars():
-    """transformers' progress bars, which other tests may have turned off, on."""
-    were_on = logging.is_progress_bar_enabled()
-    logging.enable_progress_bar()
-    yield
-    if not were_on:
-        logging.disable_progress_bar()
-
-
-def test_an_order_shows_the_rows_of_each_look_and_can_be_silent(with_bars, capfd):
+def test_an_order_shows_the_rows_of_each_look_and_can_be_silent(capfd):
     case = CASES[0]
     ordered = rankwise.order(adapted(case), batches(case.of), ladder=(1 / 2,))
     shown = capfd.readouterr().err
@@ -110,7 +99,7 @@ def test_an_order_shows_the_rows_of_each_look_and_can_be_silent(with_bars, capfd
     assert capfd.readouterr().err == ""
 
 
-def test_who_wants_to_be_told_the_rows_gets_no_bar(with_bars, capfd):
+def test_who_wants_to_be_told_the_rows_gets_no_bar(capfd):
     case, told = CASES[0], []
     rankwise.order(adapted(case), batches(case.of), ladder=(), progress=told.append)
     assert told == [8, 16, 24, 32]

@@ -528,7 +528,7 @@ def order(
         model: PEFT model with a LoRA adapter, or the Trainer that trained one (TRL's too).
         batches: held-out rows with labels as the model takes them, for example a DataLoader; some
             hundred rows, none that the adapter was trained on. None takes the trainer's own.
-        bar: shows the rows of each look, unless transformers' progress bars are off.
+        bar: shows the rows of each look.
         **how: see `by_data`.
 
     Raises:
@@ -560,7 +560,7 @@ def order(
 @contextmanager
 def _bar(batches: Sequence[Batch], show: bool) -> Iterator[Callable[[int], None] | None]:
     """A bar over the rows, started anew at each look; what `by_data` calls after each batch."""
-    from transformers.utils.logging import tqdm
+    from tqdm.auto import tqdm
 
     if not show:
         yield None
