@@ -30,7 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "logging_steps": 20,
     "output_dir": "runs/demo",
 }
-TRAIN, VALIDATION, TEST = 1_600, 1_000, 2_000
+TRAIN, VALIDATION, TEST = 1_600, 1_000, 1_500
 
 
 def main(argv: Sequence[str]) -> None:
