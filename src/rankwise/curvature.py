@@ -129,7 +129,7 @@ def collect(
     keep_gradients(model)
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    ruler = torch.Generator().manual_seed(seed if measured_by is None else measured_by)
+    ruler = None if measured_by is None else torch.Generator().manual_seed(measured_by)
     total: Statistics | None = None
     training = model.training
     model.eval()
@@ -179,7 +179,7 @@ def _of_batch(
     there: Tensor | None,
     draws: int,
     generator: torch.Generator,
-    ruler: torch.Generator,
+    ruler: torch.Generator | None,
 ) -> Statistics:
     labels, mask = batch["labels"], batch.get("attention_mask")
     rows = len(labels)
@@ -222,9 +222,13 @@ def _of_batch(
     residuals, distance = torch.zeros(len(columns), rows), 0.0
     if there is not None:
         gap = _precise(logits.detach()) - _precise(there)
-        residuals = torch.stack([(c * gap).flatten(1).sum(1) for c in columns]).cpu()
-        by = roots(kind, at, labels, draws, ruler)
-        distance = sum(float(((c * gap).flatten(1).sum(1).double() ** 2).sum()) for c in by)
+
+        def along(columns: list[Tensor]) -> Tensor:
+            return torch.stack([(c * gap).flatten(1).sum(1) for c in columns]).cpu()
+
+        residuals = along(columns)
+        by = residuals if ruler is None else along(roots(kind, at, labels, draws, ruler))
+        distance = float((by.double() ** 2).sum())
     flat = {name: c.flatten(0, 1) for name, c in products.items()}
     kept = whole.detach().cpu() if whole.numel() <= KEPT else None
     return Statistics(

@@ -180,7 +180,7 @@ def _stretch(
     undone, until = 0, 0
     while sum(cost[piece] for piece in left.pieces) > limit:
         step = agreed(model, _step(left, cost, ridge, limit=limit, until=until))
-        after, too_far = replace(left, pieces=[]), False
+        after = replace(left, pieces=[])
         while step.kept:
             after, too_far = look(left, step, undone < UNDONE and len(step.gone) > 1)
             if not agreed(model, too_far):
