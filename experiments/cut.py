@@ -24,7 +24,6 @@ import argparse
 import json
 import math
 import re
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -42,7 +41,7 @@ from transformers.utils import logging
 from rankwise import Adapter, tasks
 from rankwise.errors import DivergedError
 from rankwise.evaluation import evaluate
-from rankwise.files import write_json
+from rankwise.files import new_folder, write_json
 from rankwise.job import Job, Source, load_job
 from rankwise.lora import swap_adapter
 from rankwise.methods import AdaLoRA, LoRA, Setting
@@ -217,8 +216,7 @@ def tuned(name: str, arm: str, r: int, seed: int, rate: str) -> Path:
 
 
 def adapter_folder(name: str, seed: int, rate: float, args: argparse.Namespace) -> Path:
-    folder: Path = args.adapters / f"{label(name, args.r)}-seed{seed}-lr{rate:g}"
-    return folder
+    return Path(args.adapters, f"{label(name, args.r)}-seed{seed}-lr{rate:g}")
 
 
 def best_rate(name: str, arm: str, r: int = LoRA().r) -> float:
@@ -279,11 +277,8 @@ def fill(name: str, seed: int, args: argparse.Namespace) -> None:
 
 def save(trainer: Trainer, folder: Path) -> None:
     """Keeps what was trained, whole or not at all."""
-    temporary = folder.with_name(f"{folder.name}.part")
-    trainer.model.save_pretrained(temporary)
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
+    with new_folder(folder) as filling:
+        trainer.model.save_pretrained(filling)
 
 
 def check_alike(target: Path, before: dict[str, float], now: dict[str, float]) -> None:
